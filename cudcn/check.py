@@ -1,0 +1,88 @@
+"""The checks that operators share. Each error names the operator, the rule and what it got."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+Pair = int | Sequence[int]  # one number, or (h, w)
+Padding = int | Sequence[int] | Sequence[Sequence[int]]  # one number, (h, w), or ((top, bottom), (left, right))
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+HALVES = ("float16", "bfloat16")
+LARGEST = 2**31 - 1
+
+
+def integer(op: str, name: str, value: Any, least: int) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be made of integers, got {value!r}") from None
+    if not least <= number <= LARGEST:
+        raise ValueError(f"{op}: {name} must be at least {least} and below 2**31, got {value!r}")
+    return number
+
+
+def pair(op: str, name: str, value: Any, least: int = 1) -> tuple[int, int]:
+    """`value` as (h, w)."""
+    if not isinstance(value, Sequence):
+        number = integer(op, name, value, least)
+        return number, number
+    if isinstance(value, str) or len(value) != 2:
+        raise ValueError(f"{op}: {name} must be an int or a pair (h, w), got {value!r}")
+    return integer(op, name, value[0], least), integer(op, name, value[1], least)
+
+
+def padding(op: str, value: Any) -> tuple[int, int, int, int]:
+    """`value` as (top, bottom, left, right)."""
+    if isinstance(value, Sequence) and len(value) == 2 and any(isinstance(v, Sequence) for v in value):
+        (top, bottom), (left, right) = (pair(op, "padding", v, least=0) for v in value)
+        return top, bottom, left, right
+    h, w = pair(op, "padding", value, least=0)
+    return h, h, w, w
+
+
+def choice(op: str, name: str, value: Any, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def rank(op: str, name: str, spec: Any, axes: str) -> None:
+    """`axes` as in "(N, C, H, W)"."""
+    if len(spec.shape) != axes.count(",") + 1:
+        raise ValueError(f"{op}: {name} must be {axes}, got shape {spec.shape}")
+
+
+def floating(op: str, name: str, spec: Any) -> None:
+    if spec.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be {', '.join(FLOATS[:-1])} or {FLOATS[-1]}, got {spec.dtype}")
+
+
+def same_dtype(op: str, name: str, spec: Any, dtype: str, *, or_float32: bool = False) -> None:
+    """`or_float32`: for positions and modulation, which half types are too coarse for."""
+    if spec.dtype == dtype or (or_float32 and dtype in HALVES and spec.dtype == "float32"):
+        return
+    rule = f"{dtype} like input" + (" (or float32)" if or_float32 and dtype in HALVES else "")
+    raise TypeError(f"{op}: {name} must be {rule}, got {spec.dtype}")
+
+
+def shape(op: str, name: str, spec: Any, axes: str, want: tuple[int, ...]) -> None:
+    if spec.shape != want:
+        raise ValueError(f"{op}: {name} must be {axes} = {want}, got {spec.shape}")
+
+
+def window(op: str, axis: str, size: int, padding: int, kernel: int, stride: int, dilation: int) -> int:
+    """How many places a kernel takes along one axis: floor((size + padding - reach) / stride) + 1."""
+    padded = size + padding
+    reach = dilation * (kernel - 1) + 1
+    if padded > LARGEST:
+        raise ValueError(f"{op}: the padded {axis} must be below 2**31, got {padded}")
+    if reach > padded:
+        raise ValueError(
+            f"{op}: the output's {axis} would be empty: the dilated kernel spans {reach}, the padded input {padded}"
+        )
+    return (padded - reach) // stride + 1

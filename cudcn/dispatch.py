@@ -1,0 +1,118 @@
+"""Which framework an array is of, where it lies, and which code runs it, without importing any framework."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+_CPU = 1  # DLPack's device types
+_CUDA = 2
+
+
+def framework(op: str, names: Mapping[str, bool], tensors: Sequence[Any]) -> str:
+    """'numpy', 'cupy', 'torch', 'jax' or 'dlpack'; TypeError unless all tensors agree, ValueError on devices.
+
+    `names` says of each tensor whether it can be None.
+    """
+    for (name, optional), tensor in zip(names.items(), tensors, strict=True):
+        if tensor is None and not optional:
+            raise TypeError(f"{op}: {name} is required, got None")
+    given = [(name, t) for name, t in zip(names, tensors, strict=True) if t is not None]
+    kinds = {name: _kind(op, name, t) for name, t in given}
+    if len(set(kinds.values())) > 1:
+        raise TypeError(f"{op}: all tensors must be of one framework, got {_listed(kinds)}")
+    places = {name: place for name, t in given if (place := _place(t)) is not None}
+    if len(set(places.values())) > 1:
+        raise ValueError(f"{op}: all tensors must be on one device, got {_listed(places)}")
+    return next(iter(kinds.values()))
+
+
+def _listed(items: dict[str, Any]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in items.items())
+
+
+def _kind(op: str, name: str, tensor: Any) -> str:
+    if isinstance(tensor, np.ndarray):
+        return "numpy"
+    if _is(tensor, "torch", "Tensor"):
+        return "torch"
+    if _is(tensor, "cupy", "ndarray"):
+        return "cupy"
+    if _is(tensor, "jax", "Array"):
+        return "jax"
+    if hasattr(tensor, "__dlpack__") and hasattr(tensor, "__dlpack_device__"):
+        return "dlpack"
+    raise TypeError(
+        f"{op}: {name} must be an array of NumPy, CuPy, torch or JAX, or have __dlpack__, got {type(tensor).__name__}"
+    )
+
+
+def _is(tensor: Any, module: str, name: str) -> bool:
+    """isinstance without the import: an array of a framework exists only where that framework is loaded."""
+    cls = getattr(sys.modules.get(module), name, None)
+    return cls is not None and isinstance(tensor, cls)
+
+
+def _place(tensor: Any) -> str | None:
+    """The tensor's device; None for JAX, which places arrays itself (and whose tracers have none)."""
+    if isinstance(tensor, np.ndarray) or _is(tensor, "jax", "Array"):
+        return None
+    if _is(tensor, "torch", "Tensor"):
+        return str(tensor.device)
+    kind, index = tensor.__dlpack_device__()
+    return {_CPU: "cpu", _CUDA: f"cuda:{index}"}.get(int(kind), f"DLPack device type {int(kind)}")
+
+
+def adapter(framework: str) -> ModuleType | None:
+    """The module that carries a differentiable framework's tensors; None for raw arrays."""
+    if framework == "torch":
+        import cudcn.torch
+
+        return cudcn.torch
+    if framework == "jax":
+        import cudcn.jax
+
+        return cudcn.jax
+    return None
+
+
+def array(op: str, tensor: Any) -> Any:
+    """A NumPy or CuPy array over the tensor's memory."""
+    if tensor is None or isinstance(tensor, np.ndarray) or _is(tensor, "cupy", "ndarray"):
+        return tensor
+    kind = int(tensor.__dlpack_device__()[0])
+    if kind == _CPU:
+        return np.from_dlpack(tensor)
+    if kind == _CUDA:
+        import cupy
+
+        return cupy.from_dlpack(tensor)
+    raise ValueError(f"{op}: tensors must be in CPU or CUDA memory, got DLPack device type {kind}")
+
+
+def runs_kernels(array: Any) -> bool:
+    """Whether the CUDA path takes this array: a CuPy array, or any with CUDCN_DEVICE=emulator."""
+    if not isinstance(array, np.ndarray):
+        return True
+    device = os.environ.get("CUDCN_DEVICE", "")
+    if device not in ("", "cpu", "emulator"):
+        raise ValueError(f"CUDCN_DEVICE must be 'cpu' or 'emulator' (CuPy arrays run on the GPU anyway), got {device!r}")
+    return device == "emulator"
+
+
+def empty_like(array: Any, shape: tuple[int, ...]) -> Any:
+    """An uninitialised array of the same dtype on the same device; poisoned with NaN on the emulated one."""
+    if not isinstance(array, np.ndarray):
+        import cupy
+
+        return cupy.empty(shape, array.dtype)
+    if runs_kernels(array):
+        from . import emulator
+
+        return emulator.empty(shape, array.dtype)
+    return np.empty(shape, array.dtype)

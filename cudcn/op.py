@@ -1,0 +1,118 @@
+"""An operator as data: all that dispatch, the adapters and the tests know about one."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from . import dispatch
+
+
+class Spec(NamedTuple):
+    """What an operator's rules need to know of a tensor; the dtype by its name, the same in every framework."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def spec(tensor: Any) -> Spec | None:
+    return None if tensor is None else Spec(tuple(tensor.shape), _dtype_name(tensor.dtype))
+
+
+@functools.cache
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Op:
+    """A pair of raw functions and the rules around it.
+
+    `function` is the public function: its positional parameters name the tensors, its keyword-only ones the
+    attributes, and their annotations the types (`Pair` and `Padding` are tuples of ints once canonical).
+    `canonical(**attributes)` brings the attributes to flat tuples and plain numbers, or raises.
+    `plan(specs, **canonical)` checks the tensors and returns the operator's geometry, whose `output` is a Spec.
+    `cpu` and `cuda` are the modules that compute: `forward(plan, out, *tensors)` fills `out`, and
+    `backward(plan, grads, grad_output, *tensors)` fills those `grads` that are not None.
+    """
+
+    function: Callable[..., Any]
+    gradients: type  # a NamedTuple with one field per tensor
+    canonical: Callable[..., dict[str, Any]]
+    plan: Callable[..., Any]
+    cpu: ModuleType
+    cuda: ModuleType
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, bool]:
+        """Each tensor's name, and whether it can be left out."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default is None for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+
+    @functools.cached_property
+    def attributes(self) -> dict[str, str]:
+        """Each attribute's name and the name of its type."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    @functools.cached_property
+    def planned(self) -> Callable[..., Any]:
+        """`plan`, remembered: a model calls an operator with the same few shapes again and again."""
+        return functools.lru_cache(maxsize=1024)(self.plan)
+
+    def __call__(self, *tensors: Any, **attributes: Any) -> Any:
+        """Run the operator on tensors of any framework."""
+        framework = dispatch.framework(self.name, self.tensors, tensors)
+        if adapter := dispatch.adapter(framework):
+            return getattr(adapter, self.name)(*tensors, **attributes)
+        arrays = [dispatch.array(self.name, t) for t in tensors]
+        plan = self.planned(tuple(map(spec, arrays)), **self.canonical(**attributes))
+        out = dispatch.empty_like(arrays[0], plan.output.shape)
+        self.forward(plan, out, *arrays)
+        return out
+
+    def backward_of(self, grad_output: Any, *tensors: Any, **attributes: Any) -> Any:
+        """The gradients of all tensors, on tensors of any framework."""
+        names = {"grad_output": False, **self.tensors}
+        framework = dispatch.framework(f"{self.name}_backward", names, (grad_output, *tensors))
+        if adapter := dispatch.adapter(framework):
+            return getattr(adapter, f"{self.name}_backward")(grad_output, *tensors, **attributes)
+        grad_output, *arrays = [dispatch.array(self.name, t) for t in (grad_output, *tensors)]
+        plan = self.planned(tuple(map(spec, arrays)), **self.canonical(**attributes))
+        self.check_grad_output(plan, grad_output)
+        grads = [None if a is None else dispatch.empty_like(a, a.shape) for a in arrays]
+        self.backward(plan, grads, grad_output, *arrays)
+        return self.gradients(*grads)
+
+    def check_grad_output(self, plan: Any, grad_output: Any) -> None:
+        got = spec(grad_output)
+        if got != plan.output:
+            raise ValueError(
+                f"{self.name}_backward: grad_output must have the output's shape and dtype, "
+                f"{plan.output.shape} {plan.output.dtype}, got {got.shape} {got.dtype}"
+            )
+
+    def forward(self, plan: Any, out: Any, *tensors: Any) -> None:
+        """Fill `out` from NumPy or CuPy arrays that have passed `plan`."""
+        if out.size:
+            self._backend(out).forward(plan, out, *tensors)
+
+    def backward(self, plan: Any, grads: Sequence[Any], grad_output: Any, *tensors: Any) -> None:
+        """Fill the `grads` that are not None."""
+        if grad_output.size:
+            self._backend(grad_output).backward(plan, grads, grad_output, *tensors)
+        else:
+            for grad in grads:
+                if grad is not None:
+                    grad.fill(0)
+
+    def _backend(self, array: Any) -> ModuleType:
+        return self.cuda if dispatch.runs_kernels(array) else self.cpu

@@ -1,0 +1,1 @@
+"""One module per operator: the public pair of functions, its checks, and `OP`."""
