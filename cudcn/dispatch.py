@@ -110,7 +110,8 @@ def empty_like(array: Any, shape: tuple[int, ...]) -> Any:
     if not isinstance(array, np.ndarray):
         import cupy
 
-        return cupy.empty(shape, array.dtype)
+        with array.device:
+            return cupy.empty(shape, array.dtype)
     if runs_kernels(array):
         from . import emulator
 

@@ -38,6 +38,7 @@ class Op:
     `plan(specs, **canonical)` checks the tensors and returns the operator's geometry, whose `output` is a Spec.
     `cpu` and `cuda` are the modules that compute: `forward(plan, out, *tensors)` fills `out`, and
     `backward(plan, grads, grad_output, *tensors)` fills those `grads` that are not None.
+    `fine` names the tensors that may be float32 beside half-precision data.
     """
 
     function: Callable[..., Any]
@@ -46,6 +47,7 @@ class Op:
     plan: Callable[..., Any]
     cpu: ModuleType
     cuda: ModuleType
+    fine: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

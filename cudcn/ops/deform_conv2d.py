@@ -187,6 +187,9 @@ def _plan(
     out_height = check.window(name, "height", height, top + bottom, kh, stride[0], dilation[0])
     out_width = check.window(name, "width", width, left + right, kw, stride[1], dilation[1])
 
+    if out_height * out_width >= 2**30:
+        raise ValueError(f"{name}: an output image must have fewer than 2**30 pixels, got {out_height} x {out_width}")
+
     offset_channels = _nchw(offset.shape, layout)[1]
     offset_groups = offset_channels // (2 * kh * kw)
     if offset_groups < 1 or offset_channels % (2 * kh * kw) or channels % offset_groups:
@@ -219,4 +222,4 @@ def _nchw(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     return tuple(shape[layout.index(axis)] for axis in "NCHW")
 
 
-OP = Op(deform_conv2d, DeformConv2dGradients, _canonical, _plan, cpu, cuda)
+OP = Op(deform_conv2d, DeformConv2dGradients, _canonical, _plan, cpu, cuda, fine=("offset", "mask"))

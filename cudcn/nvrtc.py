@@ -1,0 +1,98 @@
+"""Compile kernels for GPUs that are not here: NVRTC needs no device, only CuPy and its CUDA headers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .cuda import deform_conv2d
+from .launch import SOURCES, Kernel, compile_options
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
+
+
+class Resources(NamedTuple):
+    """What ptxas says of a kernel, in registers and bytes."""
+
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+
+
+def kernels() -> list[Kernel]:
+    """Every instance of every operator."""
+    return deform_conv2d.kernels()
+
+
+def compile_kernels(source: Path, expressions: Sequence[str], architecture: str) -> dict[str, Resources]:
+    """The resources of each template instance of a `.cu`; RuntimeError with NVRTC's log if it does not compile."""
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(source.read_text(), source.name, (), ())
+    try:
+        for expression in expressions:
+            nvrtc.addNameExpression(program, expression)
+        options = (*compile_options(), f"-I{_cuda_headers()}", f"-arch={architecture}", "--ptxas-options=-v")
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError:
+            log = nvrtc.getProgramLog(program)
+            raise RuntimeError(f"{source.name} does not compile for {architecture}:\n{log}") from None
+        names = {nvrtc.getLoweredName(program, e): e for e in expressions}
+        found = _parse(nvrtc.getProgramLog(program))
+    finally:
+        nvrtc.destroyProgram(program)
+    return {names[name]: resources for name, resources in found.items()}
+
+
+def _cuda_headers() -> Path:
+    """The include folder with cuda_fp16.h: of the nvidia-cuda-runtime wheel, or of an installed CUDA."""
+    import os
+
+    import nvidia
+
+    folders = [folder for root in nvidia.__path__ for folder in Path(root).glob("*/include")]
+    if "CUDA_PATH" in os.environ:
+        folders.append(Path(os.environ["CUDA_PATH"]) / "include")
+    for folder in folders:
+        if (folder / "cuda_fp16.h").exists():
+            return folder
+    raise RuntimeError("cuda_fp16.h was not found: install nvidia-cuda-runtime, or set CUDA_PATH")
+
+
+def _parse(log: str) -> dict[str, Resources]:
+    entries = re.split(r"Compiling entry function '(\S+)' for", log)[1:]
+    return {name: _resources(text) for name, text in zip(entries[::2], entries[1::2], strict=True)}
+
+
+def _resources(text: str) -> Resources:
+    def number(pattern: str) -> int:
+        match = re.search(pattern, text)
+        return int(match[1]) if match else 0
+
+    spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+    return Resources(
+        number(r"Used (\d+) registers"), number(r"(\d+) bytes smem"), number(r"(\d+) bytes stack frame"), spills
+    )
+
+
+def table(architectures: Sequence[str]) -> str:
+    """A Markdown table of every kernel's resources."""
+    rows = ["| kernel | " + " | ".join(architectures) + " |", "|" + "---|" * (len(architectures) + 1)]
+    by_source: dict[str, list[str]] = {}
+    for kernel in kernels():
+        by_source.setdefault(kernel.source, []).append(kernel.expression)
+    for source, expressions in by_source.items():
+        compiled = [compile_kernels(SOURCES / f"{source}.cu", expressions, a) for a in architectures]
+        for expression in expressions:
+            cells = (_cell(resources[expression]) for resources in compiled)
+            rows.append(f"| `{expression}` | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _cell(r: Resources) -> str:
+    extra = f", {r.stack} B stack, {r.spills} B spills" if r.stack or r.spills else ""
+    return f"{r.registers} regs, {r.shared} B shared{extra}"

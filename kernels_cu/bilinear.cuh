@@ -1,0 +1,57 @@
+// Bilinear sampling of one pixel position, shared by all channels that are read there.
+#pragma once
+#include "platform.cuh"
+
+// Positions and sums: float for half types and float, double for double.
+template <typename T> struct Arithmetic { using type = float; };
+template <> struct Arithmetic<double> { using type = double; };
+template <typename T> using arithmetic_t = typename Arithmetic<T>::type;
+
+// Element strides of an image tensor, whatever its layout; cudcn/launch.py writes it.
+struct Strides {
+  long long n, c, y, x;
+};
+
+// The cell [floor(y), floor(y) + 1] x [floor(x), floor(x) + 1] around a position. Corners outside the image count
+// as 0; a position that touches no pixel, NaN and infinity among them, has no valid corner at all.
+template <typename A> struct Cell {
+  bool valid[4];     // top left, top right, bottom left, bottom right
+  long long at[4];   // element offsets of the corners, from the plane's first element
+  A down, right;     // distances from the top left corner
+
+  __device__ __forceinline__ Cell(A y, A x, int height, int width, long long stride_y, long long stride_x) {
+    // Comparisons are false for NaN. At exactly -1 the value is 0, but the slope is that of the cell [-1, 0].
+    const bool inside = y >= A(-1) && y < A(height) && x >= A(-1) && x < A(width);
+    const A top = inside ? floor(y) : A(0), left = inside ? floor(x) : A(0);
+    down = inside ? y - top : A(0);
+    right = inside ? x - left : A(0);
+    const int y0 = int(top), x0 = int(left);
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      const int yy = y0 + corner / 2, xx = x0 + corner % 2;
+      valid[corner] = inside && yy >= 0 && yy < height && xx >= 0 && xx < width;
+      at[corner] = valid[corner] ? yy * stride_y + xx * stride_x : 0;
+    }
+  }
+
+  template <typename T> __device__ __forceinline__ void load(const T *plane, A (&corners)[4]) const {
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) corners[corner] = valid[corner] ? A(plane[at[corner]]) : A(0);
+  }
+
+  __device__ __forceinline__ A weight(int corner) const {
+    return (corner / 2 ? down : A(1) - down) * (corner % 2 ? right : A(1) - right);
+  }
+
+  __device__ __forceinline__ A value(const A (&v)[4]) const {
+    return weight(0) * v[0] + weight(1) * v[1] + weight(2) * v[2] + weight(3) * v[3];
+  }
+
+  __device__ __forceinline__ A slope_y(const A (&v)[4]) const {
+    return (A(1) - right) * (v[2] - v[0]) + right * (v[3] - v[1]);
+  }
+
+  __device__ __forceinline__ A slope_x(const A (&v)[4]) const {
+    return (A(1) - down) * (v[1] - v[0]) + down * (v[3] - v[2]);
+  }
+};
