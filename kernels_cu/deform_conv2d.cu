@@ -8,7 +8,8 @@
 //
 // Grid: x = (image, slab of channels, tap, tile of pixels), tiles fastest. A slab never crosses an offset group, so
 // a thread computes its position, weights and addresses once for all channels of its slab.
-// Block: (pixels, 1) if planar, (channel lanes, pixels) if interleaved.
+// Block: (pixels, 1) if planar, (channel lanes, pixels) if interleaved. At least two blocks a multiprocessor: with no
+// number there, ptxas aims at full occupancy and spills.
 #include "bilinear.cuh"
 
 struct Convolution {
@@ -74,7 +75,7 @@ template <bool CHANNELS_LAST> struct Place {
 
 // Each thread owns its elements of `columns`.
 template <typename T, typename O, typename M, bool CHANNELS_LAST>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 2)
 deform_conv2d_sample(const T *__restrict__ input, Strides input_strides, const O *__restrict__ offset,
                      Strides offset_strides, const M *__restrict__ mask, Strides mask_strides,
                      T *__restrict__ columns, Convolution p) {
@@ -93,7 +94,7 @@ deform_conv2d_sample(const T *__restrict__ input, Strides input_strides, const O
 
 // Scatters the columns' gradient. `grad_input` holds sums in A and starts as zeros.
 template <typename T, typename O, typename M, bool CHANNELS_LAST>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 2)
 deform_conv2d_backward_input(const T *__restrict__ grad_columns, const O *__restrict__ offset, Strides offset_strides,
                              const M *__restrict__ mask, Strides mask_strides,
                              arithmetic_t<T> *__restrict__ grad_input, Strides grad_input_strides, Convolution p) {
@@ -117,7 +118,7 @@ deform_conv2d_backward_input(const T *__restrict__ grad_columns, const O *__rest
 // group. Planar: a thread owns a sample. Interleaved: the blockDim.x lanes (a power of two up to 32) share one, and
 // all lanes of a warp stay for the shuffles. A null `grad_offset` or `grad_mask` is not wanted.
 template <typename T, typename O, typename M, bool CHANNELS_LAST>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 2)
 deform_conv2d_backward_offset(const T *__restrict__ grad_columns, const T *__restrict__ input, Strides input_strides,
                               const O *__restrict__ offset, Strides offset_strides, const M *__restrict__ mask,
                               Strides mask_strides, O *__restrict__ grad_offset, Strides grad_offset_strides,

@@ -1,0 +1,161 @@
+"""Compiles kernels with g++, once for each template instance, and keeps the libraries on disk."""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from .configuration import current_settings
+from .errors import BuildError, EmulatorError
+from .launch import Kernel
+
+INCLUDE = Path(__file__).resolve().parent / "include"
+
+# -ffp-contract=off: a kernel that wants a fused multiply-add says so. -fno-strict-aliasing: CUDA code reads floats as
+# float4. -fno-gnu-unique: a static in a template is then one object for each library, not one for all.
+# -U_FORTIFY_SOURCE: a checked longjmp refuses to leave a fiber's stack.
+FLAGS = (
+    "-std=c++17 -g1 -march=x86-64-v3 -ffp-contract=off -fno-strict-aliasing -fno-gnu-unique -fno-exceptions -fPIC "
+    "-fvisibility=hidden -U_FORTIFY_SOURCE -Wno-unknown-pragmas"
+).split()
+KERNEL_FLAGS = {
+    "fast": ["-O2"],
+    # Without optimisation, so that no access is optimised away before it is checked.
+    "check": [
+        "-O0",
+        "-DEMULATOR_CHECK",
+        "-fsanitize=thread,undefined,float-cast-overflow",
+        "-fno-sanitize=vptr,return,unreachable,null,nonnull-attribute,object-size",
+    ],
+}
+RUNTIME_FLAGS = {"fast": ["-O2"], "check": ["-O2", "-DEMULATOR_CHECK"]}
+CHECK_ONLY = ("checker.cpp", "checker_hooks.cpp")
+
+_kernels: dict[tuple, Kernel] = {}
+
+
+def kernel(
+    source: Path, expression: str, *, include: Sequence[Path] = (), defines: Sequence[str] = ()
+) -> Kernel:
+    """The kernel `expression` (a function, or an instance of a template) of a `.cu`, compiled when first asked for.
+
+    It is compiled for the build that is in force now. Its directory and those of `include` are searched for headers;
+    a change to any file in them compiles it anew. `defines` are preprocessor macros, "NAME" or "NAME=value".
+    """
+    source = Path(source).resolve()
+    build = current_settings().build
+    folders = [source.parent, *(Path(folder).resolve() for folder in include)]
+    state = tuple(_folder_state(folder) for folder in folders)
+    request = (source, expression, tuple(folders), tuple(defines), build, str(cache_folder()), state)
+    if request not in _kernels:
+        _check_platform()
+        _kernels[request] = Kernel(expression, _build_kernel(source, expression, folders, tuple(defines), build))
+    return _kernels[request]
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $CUDCN_CACHE_DIR, or ~/.cache/cudcn/emulator."""
+    return Path(os.environ.get("CUDCN_CACHE_DIR") or Path.home() / ".cache" / "cudcn" / "emulator")
+
+
+def _check_platform() -> None:
+    if not sys.platform.startswith("linux") or platform.machine() not in ("x86_64", "AMD64"):
+        raise EmulatorError(
+            f"the emulator runs on Linux on x86-64 only, this is {sys.platform} on {platform.machine()}"
+        )
+
+
+# ---- building
+
+
+def _build_kernel(
+    source: Path, expression: str, folders: list[Path], defines: tuple[str, ...], build: str
+) -> Path:
+    runtime = _build_runtime(build)
+    text = f'#include "cuda_emulator.h"\n#include "{source}"\nEMULATOR_EXPORT({expression})\n'
+    flags = [*FLAGS, *KERNEL_FLAGS[build], f"-I{INCLUDE}"]
+    flags += [f"-I{folder}" for folder in folders]
+    flags += [f"-D{define}" for define in defines]
+    # The runtime's name stands for the compiler and for the emulator's own files.
+    key = _digest(runtime.name, text, *flags, source.read_bytes(), *map(_folder_digest, folders))
+    library = cache_folder() / f"{source.stem}_{build}_{key}.so"
+    if not library.exists():
+        # -nodefaultlibs keeps libtsan out; the runtime lies beside the library.
+        link = [str(runtime), "-nodefaultlibs", "-lm", "-lc", "-Wl,-rpath,$ORIGIN"]
+        _compile(library, text, [*flags, *link])
+    return library
+
+
+def _build_runtime(build: str) -> Path:
+    sources = [path for path in sorted(INCLUDE.glob("*.cpp")) if build == "check" or path.name not in CHECK_ONLY]
+    flags = [*FLAGS, *RUNTIME_FLAGS[build], f"-I{INCLUDE}"]
+    key = _digest(_compiler_version(_compiler()), *flags, _folder_digest(INCLUDE))
+    library = cache_folder() / f"libcudcn_emulator_{build}_{key}.so"
+    if not library.exists():
+        # One translation unit, since parsing the headers takes most of the time.
+        text = "".join(f'#include "{path}"\n' for path in sources)
+        _compile(library, text, [*flags, f"-Wl,-soname,{library.name}"])
+    return library
+
+
+def _compile(library: Path, text: str, flags: list[str]) -> None:
+    """Writes the library under another name first: several processes may build it at once."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="building_") as folder:
+        source = Path(folder) / "source.cpp"
+        source.write_text(text)
+        built = Path(folder) / library.name
+        command = [_compiler(), "-shared", str(source), *flags, "-o", str(built)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise BuildError(f"g++ failed on\n{text}\n{result.stderr[:8000]}\n{' '.join(command)}")
+        os.replace(built, library)
+
+
+def _compiler() -> str:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise BuildError(
+            "g++ was not found: install it, e.g. `apt-get install g++` or `dnf install gcc-c++`; "
+            "the emulator compiles the CUDA kernels with it"
+        )
+    return compiler
+
+
+@lru_cache
+def _compiler_version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+# ---- what a library was built from
+
+
+def _folder_state(folder: Path) -> tuple:
+    """Changes when a file of the folder does; quick enough for every call."""
+    with os.scandir(folder) as entries:
+        files = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
+    return tuple(sorted((name, status.st_mtime_ns, status.st_size) for name, status in files))
+
+
+def _folder_digest(folder: Path) -> str:
+    return _contents_digest(folder, _folder_state(folder))
+
+
+@lru_cache(maxsize=64)
+def _contents_digest(folder: Path, state: tuple) -> str:
+    return _digest(*(part for name, *_ in state for part in (name, (folder / name).read_bytes())))
+
+
+def _digest(*parts: str | bytes) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "little"))
+        total.update(data)
+    return total.hexdigest()[:20]

@@ -1,0 +1,130 @@
+"""What is installed, and what importing it costs."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import cudcn
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"cudcn": "cudcn", "kernels_cu": "cudcn/kernels_cu", "adapters/torch": "cudcn/torch", "adapters/jax": "cudcn/jax"}
+KINDS = {".py", ".cu", ".cuh", ".h", ".cpp", ".typed"}
+
+IMPORT = """
+import json, sys, time
+import numpy, scipy.sparse
+before, start = set(sys.modules), time.perf_counter()
+import cudcn
+print(json.dumps([time.perf_counter() - start, sorted(set(sys.modules) - before)]))
+"""
+
+
+def test_import_is_light() -> None:
+    """No framework, no CuPy, and under 0.3 s beyond NumPy and SciPy."""
+    runs = []
+    for _ in range(3):  # the best of three: the machine does other things too
+        printed = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout
+        seconds, modules = json.loads(printed)
+        runs.append(seconds)
+        for framework in ("torch", "jax", "cupy", "tvm_ffi", "ml_dtypes"):
+            assert framework not in {m.split(".")[0] for m in modules}
+    assert min(runs) < 0.3
+
+
+def test_no_cuda_library_is_needed() -> None:
+    """With CuPy, torch and JAX missing altogether."""
+    code = """
+import sys
+for name in ("cupy", "torch", "jax", "ml_dtypes"):
+    sys.modules[name] = None
+import numpy as np, cudcn
+x, w = np.ones((1, 1, 3, 3)), np.ones((1, 1, 1, 1))
+assert cudcn.deform_conv2d(x, np.zeros((1, 2, 3, 3)), w).sum() == 9
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel and an sdist of a copy of the tree (a build leaves files in it)."""
+    folder = tmp_path_factory.mktemp("build")
+    tree = folder / "tree"
+    ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*.egg-info", "build", "dist", ".*cache")
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(tree)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def wanted() -> set[str]:
+    """Every source file of the package, under the name that it is installed by."""
+    names = set()
+    for source, installed in FOLDERS.items():
+        for path in (ROOT / source).rglob("*"):
+            if path.suffix in KINDS and "__pycache__" not in path.parts:
+                names.add(f"{installed}/{path.relative_to(ROOT / source).as_posix()}")
+    return names
+
+
+def test_the_wheel_holds_the_tree(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == wanted()
+
+
+def test_the_sdist_holds_the_sources(built: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for source in FOLDERS:
+        for path in (ROOT / source).rglob("*"):
+            if path.suffix in KINDS and "__pycache__" not in path.parts:
+                assert path.relative_to(ROOT).as_posix() in names
+    assert {"pyproject.toml", "LICENSE", "README.md"} <= names
+
+
+def test_the_wheel_works_where_it_is_installed(built: Path, tmp_path: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import numpy as np, cudcn, cudcn.launch
+assert cudcn.__file__.startswith({str(tmp_path)!r}), cudcn.__file__
+assert (cudcn.launch.SOURCES / "deform_conv2d.cu").exists() and cudcn.launch.SOURCES.parent.name == "cudcn"
+import os
+os.environ["CUDCN_DEVICE"] = "emulator"
+x, w = np.ones((1, 1, 3, 3)), np.ones((1, 1, 1, 1))
+assert cudcn.deform_conv2d(x, np.zeros((1, 2, 3, 3)), w).sum() == 9
+"""
+    subprocess.run([sys.executable, "-S", "-c", _with_site_packages() + code], check=True)
+
+
+def _with_site_packages() -> str:
+    """Without -S the editable install's finder comes first, whatever sys.path says."""
+    import numpy
+
+    return f"import sys; sys.path.append({str(Path(numpy.__file__).parent.parent)!r})\n"
+
+
+def test_docstring_examples_run() -> None:
+    from cudcn.ops import deform_conv2d
+
+    outcome = doctest.testmod(deform_conv2d)
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
+
+
+def test_public_names_have_docstrings() -> None:
+    for name in cudcn.__all__:
+        assert getattr(cudcn, name).__doc__
