@@ -101,7 +101,9 @@ def runs_kernels(array: Any) -> bool:
         return True
     device = os.environ.get("CUDCN_DEVICE", "")
     if device not in ("", "cpu", "emulator"):
-        raise ValueError(f"CUDCN_DEVICE must be 'cpu' or 'emulator' (CuPy arrays run on the GPU anyway), got {device!r}")
+        raise ValueError(
+            f"CUDCN_DEVICE must be 'cpu' or 'emulator' (CuPy arrays run on the GPU anyway), got {device!r}"
+        )
     return device == "emulator"
 
 

@@ -45,7 +45,7 @@ def compile_kernels(source: Path, expressions: Sequence[str], architecture: str)
         found = _parse(nvrtc.getProgramLog(program))
     finally:
         nvrtc.destroyProgram(program)
-    return {names[name]: resources for name, resources in found.items()}
+    return {names[name]: resources for name, resources in found.items() if name in names}
 
 
 def _cuda_headers() -> Path:
@@ -75,7 +75,10 @@ def _resources(text: str) -> Resources:
 
     spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
     return Resources(
-        number(r"Used (\d+) registers"), number(r"(\d+) bytes smem"), number(r"(\d+) bytes stack frame"), spills
+        number(r"Used (\d+) registers"),
+        number(r"(\d+) bytes smem"),
+        number(r"(\d+) bytes stack frame"),
+        spills,
     )
 
 

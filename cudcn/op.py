@@ -95,7 +95,7 @@ class Op:
         return self.gradients(*grads)
 
     def check_grad_output(self, plan: Any, grad_output: Any) -> None:
-        got = spec(grad_output)
+        got = Spec(tuple(grad_output.shape), _dtype_name(grad_output.dtype))
         if got != plan.output:
             raise ValueError(
                 f"{self.name}_backward: grad_output must have the output's shape and dtype, "

@@ -109,9 +109,7 @@ def forward(case: Case, tensors: tuple[Any, ...], layout: str = "NCHW") -> Any:
     if layout == "NCHW":
         return cudcn.deform_conv2d(*tensors[:5], **case.attributes)
     input, offset, weight, bias, mask = tensors[:5]
-    out = cudcn.deform_conv2d(
-        nhwc(input), nhwc(offset), weight, bias, nhwc(mask), **case.attributes, layout="NHWC"
-    )
+    out = cudcn.deform_conv2d(nhwc(input), nhwc(offset), weight, bias, nhwc(mask), **case.attributes, layout="NHWC")
     return out.transpose(0, 3, 1, 2)
 
 
@@ -120,7 +118,14 @@ def backward(case: Case, tensors: tuple[Any, ...], layout: str = "NCHW") -> dict
     if layout == "NCHW":
         return cudcn.deform_conv2d_backward(grad_output, *tensors[:5], **case.attributes)._asdict()
     grads = cudcn.deform_conv2d_backward(
-        nhwc(grad_output), nhwc(input), nhwc(offset), weight, bias, nhwc(mask), **case.attributes, layout="NHWC"
+        nhwc(grad_output),
+        nhwc(input),
+        nhwc(offset),
+        weight,
+        bias,
+        nhwc(mask),
+        **case.attributes,
+        layout="NHWC",
     )._asdict()
     for name in ("input", "offset", "mask"):
         if grads[name] is not None:
@@ -236,9 +241,7 @@ class TestEmulated:
     @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
     @pytest.mark.parametrize("fine", [(), ("offset",), ("mask",), ("offset", "mask")], ids="-".join)
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-    def test_half_types(
-        self, dtype: str, fine: tuple[str, ...], layout: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_half_types(self, dtype: str, fine: tuple[str, ...], layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
         with emulator.settings(build="fast"):
             self._agrees(CASES[3], dtype, layout, monkeypatch, fine)
 
@@ -426,9 +429,7 @@ def any_case(draw: st.DrawFn) -> Case:
     groups, offset_groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     kernel = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
     dilation = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
-    padding = tuple(
-        (reach, draw(st.integers(0, 3))) for reach in (dilation[i] * (kernel[i] - 1) for i in (0, 1))
-    )
+    padding = tuple((reach, draw(st.integers(0, 3))) for reach in (dilation[i] * (kernel[i] - 1) for i in (0, 1)))
     return Case(
         f"drawn {draw(st.integers(0, 99))}", batch=draw(sizes), channels=math.lcm(groups, offset_groups) * draw(st.integers(1, 2)),
         size=(draw(sizes), draw(sizes)), out_channels=groups * draw(st.integers(1, 3)), kernel=kernel,

@@ -16,7 +16,12 @@ import pytest
 import cudcn
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {"cudcn": "cudcn", "kernels_cu": "cudcn/kernels_cu", "adapters/torch": "cudcn/torch", "adapters/jax": "cudcn/jax"}
+FOLDERS = {
+    "cudcn": "cudcn",
+    "kernels_cu": "cudcn/kernels_cu",
+    "adapters/torch": "cudcn/torch",
+    "adapters/jax": "cudcn/jax",
+}
 KINDS = {".py", ".cu", ".cuh", ".h", ".cpp", ".typed"}
 
 IMPORT = """

@@ -75,7 +75,7 @@ def backward(
 
     if grad_input is not None:
         image_sums = np.zeros(grad_input.shape, dtype)
-    weight_sum = np.zeros((g.groups, g.out_channels // g.groups, matrix.shape[1]), dtype)
+    weight_sum: np.ndarray = np.zeros((g.groups, g.out_channels // g.groups, matrix.shape[1]), dtype)
     for n, grad_pixels, share in ordered(differentiate, _blocks(g, dtype)):
         for (_, channels), part in zip(_offset_groups(g), grad_pixels, strict=False):
             image_sums[n, channels] += unpadded(part, g.height, g.width)
@@ -117,7 +117,7 @@ def _sampler(g: Geometry, offset: np.ndarray, part: slice, group: int, dtype: ty
     pixel, tap = np.arange(part.start, part.stop)[:, None], np.arange(g.taps)
     y = pixel // g.out_width * g.stride[0] - g.padding[0] + tap // g.kernel[1] * g.dilation[0]
     x = pixel % g.out_width * g.stride[1] - g.padding[1] + tap % g.kernel[1] * g.dilation[1]
-    shift = _taps(g, offset, group, 2)[:, :, part].astype(dtype, copy=False)
+    shift: np.ndarray = _taps(g, offset, group, 2)[:, :, part].astype(dtype, copy=False)
     return Sampler(y.astype(dtype) + shift[:, 0].T, x.astype(dtype) + shift[:, 1].T, g.height, g.width)
 
 

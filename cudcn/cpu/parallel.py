@@ -87,4 +87,3 @@ def blocks(pixels: int, images: int, bytes_per_pixel: int, most: int = 8 << 20) 
     per_image = max(-(-threads() // images), -(-pixels * bytes_per_pixel // most))
     step = max(1, -(-pixels // per_image))
     return [(n, slice(p, min(p + step, pixels))) for n in range(images) for p in range(0, pixels, step)]
-

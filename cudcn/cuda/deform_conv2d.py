@@ -31,7 +31,7 @@ def kernels() -> list[Kernel]:
     halves = [(t, o, m) for t in ("float16", "bfloat16") for o in (t, "float32") for m in (t, "float32")]
     dtypes = [*halves, ("float32",) * 3, ("float64",) * 3]
     return [
-        _kernel(name, *(CTYPES[d] for d in types), last)
+        _kernel(name, tuple(CTYPES[d] for d in types), last)
         for name, types, last in itertools.product(
             ("sample", "backward_input", "backward_offset"), dtypes, (False, True)
         )
@@ -187,16 +187,20 @@ class _Columns:
         tiles = -(-g.out_pixels // (_THREADS // lanes))
         grid = tiles * g.taps * slabs * g.offset_groups * count
         if grid > launch.LARGEST_GRID:
-            raise ValueError(f"deform_conv2d: one image needs {grid} blocks of threads, CUDA takes {launch.LARGEST_GRID}")
+            raise ValueError(
+                f"deform_conv2d: one image needs {grid} blocks of threads, CUDA takes {launch.LARGEST_GRID}"
+            )
         convolution = (
             g.height, g.width, g.out_height, g.out_width, g.kernel[1], g.taps, *g.stride, *g.padding, *g.dilation,
             self.group_channels, channels, slab, slabs, g.offset_groups, count, tiles,
         )  # fmt: skip
-        self.device.launch(_kernel(name, *self.types, self.last), grid, block, *args, np.array(convolution, _CONVOLUTION))
+        self.device.launch(
+            _kernel(name, self.types, self.last), grid, block, *args, np.array(convolution, _CONVOLUTION)
+        )
 
 
-def _kernel(name: str, t: str, o: str, m: str, last: bool) -> Kernel:
-    return Kernel("deform_conv2d", f"deform_conv2d_{name}<{t}, {o}, {m}, {str(last).lower()}>")
+def _kernel(name: str, types: tuple[str, ...], last: bool) -> Kernel:
+    return Kernel("deform_conv2d", f"deform_conv2d_{name}<{', '.join(types)}, {str(last).lower()}>")
 
 
 def _product_bytes(g: Geometry, input: Any) -> int:

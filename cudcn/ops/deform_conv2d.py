@@ -70,9 +70,7 @@ def deform_conv2d(
     >>> cudcn.deform_conv2d(x, np.zeros((1, 18, 6, 6), np.float32), w).shape
     (1, 4, 6, 6)
     """
-    return OP(
-        input, offset, weight, bias, mask, stride=stride, padding=padding, dilation=dilation, layout=layout
-    )
+    return OP(input, offset, weight, bias, mask, stride=stride, padding=padding, dilation=dilation, layout=layout)
 
 
 class DeformConv2dGradients(NamedTuple):
