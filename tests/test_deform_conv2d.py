@@ -431,7 +431,8 @@ def any_case(draw: st.DrawFn) -> Case:
     dilation = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
     padding = tuple((reach, draw(st.integers(0, 3))) for reach in (dilation[i] * (kernel[i] - 1) for i in (0, 1)))
     return Case(
-        f"drawn {draw(st.integers(0, 99))}", batch=draw(sizes), channels=math.lcm(groups, offset_groups) * draw(st.integers(1, 2)),
+        f"drawn {draw(st.integers(0, 99))}", batch=draw(sizes),
+        channels=math.lcm(groups, offset_groups) * draw(st.integers(1, 2)),
         size=(draw(sizes), draw(sizes)), out_channels=groups * draw(st.integers(1, 3)), kernel=kernel,
         stride=(draw(st.integers(1, 3)), draw(st.integers(1, 3))), padding=padding, dilation=dilation,
         groups=groups, offset_groups=offset_groups, bias=draw(st.booleans()), mask=draw(st.booleans()),
@@ -616,5 +617,5 @@ def test_bad_grad_output() -> None:
 
 def test_bad_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDCN_DEVICE", "tpu")
-    with pytest.raises(ValueError, match="CUDCN_DEVICE must be 'cpu' or 'emulator'.* got 'tpu'"):
+    with pytest.raises(ValueError, match=r"CUDCN_DEVICE must be 'cpu' or 'emulator'.* got 'tpu'"):
         cudcn.deform_conv2d(**GOOD)

@@ -114,11 +114,12 @@ def _taps(g: Geometry, image: np.ndarray, group: int, parts: int) -> np.ndarray:
 
 def _sampler(g: Geometry, offset: np.ndarray, part: slice, group: int, dtype: type) -> Sampler:
     """Samples at (Q, K): each output pixel's taps."""
-    pixel, tap = np.arange(part.start, part.stop)[:, None], np.arange(g.taps)
-    y = pixel // g.out_width * g.stride[0] - g.padding[0] + tap // g.kernel[1] * g.dilation[0]
-    x = pixel % g.out_width * g.stride[1] - g.padding[1] + tap % g.kernel[1] * g.dilation[1]
+    row, column = np.divmod(np.arange(part.start, part.stop), g.out_width)
+    i, j = np.divmod(np.arange(g.taps), g.kernel[1])
     shift: np.ndarray = _taps(g, offset, group, 2)[:, :, part].astype(dtype, copy=False)
-    return Sampler(y.astype(dtype) + shift[:, 0].T, x.astype(dtype) + shift[:, 1].T, g.height, g.width)
+    y = np.add.outer((row * g.stride[0] - g.padding[0]).astype(dtype), (i * g.dilation[0]).astype(dtype))
+    x = np.add.outer((column * g.stride[1] - g.padding[1]).astype(dtype), (j * g.dilation[1]).astype(dtype))
+    return Sampler(y + shift[:, 0].T, x + shift[:, 1].T, g.height, g.width)
 
 
 def _modulation(g: Geometry, mask: Any, n: int, part: slice, group: int) -> Any:

@@ -183,7 +183,7 @@ def _source_line(offset: str, library: Path) -> str:
         return ""
     command = [addr2line, "--inlines", "--exe", str(library), "0x" + offset]
     lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-    # The innermost function first; helpers of the emulator itself are of no interest.
+    # The innermost function first; the emulator's own are of no interest.
     places = [Path(line.split(" ")[0]).name for line in lines if "??" not in line]
-    places = [place for place in places if not place.startswith("emulator_")]
+    places = [place for place in places if not place.startswith(("emulator_", "source.cpp"))]
     return f" ({' < '.join(places)})" if places else ""

@@ -23,6 +23,7 @@ struct HalfFormat {
   static float to_float(uint16_t bits) { return __builtin_ia32_vcvtph2ps(Short8{short(bits)})[0]; }
   static uint16_t from_float(float value) {
     constexpr int round_to_nearest_even = 0;
+    if (value != value) return 0x7fff;  // the device's only NaN
     return uint16_t(__builtin_ia32_vcvtps2ph(Float4{value}, round_to_nearest_even)[0]);
   }
 };

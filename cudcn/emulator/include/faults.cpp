@@ -108,11 +108,11 @@ static void describe_bad_address(const std::string &location) {
     return report("out-of-bounds %s of %s (%zu bytes) at byte %ld%s", access, buffer.name.c_str(), buffer.size, offset,
                   location.c_str());
   }
-  if (is_stack_overflow(reinterpret_cast<void *>(fault.address))) {
+  if (is_on_stack(fault.address)) {
     return report("stack overflow%s", location.c_str());
   }
   if (fault.address < 65536) {
-    const char *hint = dynamic_shared_memory ? "" : " (the launch has no dynamic shared memory)";
+    const char *hint = dynamic_shared_memory ? "" : ", an argument's or DYN_SMEM's of a launch without";
     return report("%s through a null pointer%s%s", access, hint, location.c_str());
   }
   report("out-of-bounds %s at %p, outside every buffer%s", access, reinterpret_cast<void *>(fault.address),

@@ -35,8 +35,8 @@ void *launcher_stack;
 
 void switch_stack(void **save, void *to) { emulator_switch_stack(save, to); }
 
-// One range of addresses for all stacks, so that the checker can tell them by two comparisons. Each has a guard page.
-static constexpr size_t STACK_GUARD = 4096;
+// One range of addresses for all stacks, so that the checker can tell them by two comparisons. Each has a guard zone.
+static constexpr size_t STACK_GUARD = 64 * 1024;  // so that no frame steps over it
 static constexpr size_t STACK_SIZE = 256 * 1024;
 static constexpr size_t STRIDE = STACK_GUARD + STACK_SIZE;
 static char *arena;
@@ -73,11 +73,6 @@ void *stack_top(int stack) { return arena + (stack + 1) * STRIDE - 64; }
 bool is_on_stack(uintptr_t address) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(arena);
   return address >= begin && address < begin + MAX_THREADS * STRIDE;
-}
-
-bool is_stack_overflow(const void *address) {
-  if (!is_on_stack(reinterpret_cast<uintptr_t>(address))) return false;
-  return (static_cast<const char *>(address) - arena) % STRIDE < STACK_GUARD;
 }
 
 }  // namespace emulator

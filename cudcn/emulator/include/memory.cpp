@@ -48,6 +48,35 @@ static void unmap_pages(unsigned char *pages, size_t capacity) {
   }
 }
 
+// ---- canaries
+// A signalling NaN of float and bfloat16, so that `element += 1` changes it, and a NaN of half.
+constexpr unsigned char CANARY[2] = {0xA5, 0xFF};
+
+static unsigned char canary_at(const unsigned char *address) { return CANARY[reinterpret_cast<uintptr_t>(address) % 2]; }
+
+static void fill_canary(unsigned char *begin, unsigned char *end) {
+  for (unsigned char *byte = begin; byte < end; byte++) *byte = canary_at(byte);
+}
+
+static void check_canaries(const Buffer &buffer) {
+  for (unsigned char *byte = buffer.begin - 1; byte >= buffer.pages; byte--) {
+    if (*byte == canary_at(byte)) continue;
+    return report_afterwards("out-of-bounds write to %s (%zu bytes), %zu bytes before its start", buffer.name.c_str(),
+                             buffer.size, size_t(buffer.begin - byte));
+  }
+  for (unsigned char *byte = buffer.begin + buffer.size; byte < buffer.pages + buffer.capacity; byte++) {
+    if (*byte == canary_at(byte)) continue;
+    return report_afterwards("out-of-bounds write to %s (%zu bytes) at byte %zu", buffer.name.c_str(), buffer.size,
+                             size_t(byte - buffer.begin));
+  }
+}
+
+void check_canaries(bool shared) {
+  for (const Buffer &buffer : buffers) {
+    if (buffer.shared == shared && !launch_failed) check_canaries(buffer);
+  }
+}
+
 // ---- buffers
 static size_t round_up(size_t size, size_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
@@ -58,8 +87,8 @@ Buffer &add_buffer(std::string name, size_t size, uintptr_t alignment) {
   unsigned char *pages = map_pages(capacity);
   if (!pages) fail("no memory for %s of %zu bytes", name.c_str(), size);
   unsigned char *begin = pages + capacity - slack - size;
-  memset(pages, POISON, size_t(begin - pages));
-  memset(begin + size, POISON, slack);
+  fill_canary(pages, begin);
+  fill_canary(begin + size, pages + capacity);
   buffers.push_back({std::move(name), pages, capacity, begin, size, false, true, nullptr});
   return buffers.back();
 }
@@ -80,25 +109,6 @@ void release_buffers() {
 bool guards(const Buffer &buffer, uintptr_t address) {
   const uintptr_t pages = reinterpret_cast<uintptr_t>(buffer.pages);
   return address >= pages - GUARD_SIZE && address < pages + buffer.capacity + GUARD_SIZE;
-}
-
-static void check_canaries(const Buffer &buffer) {
-  for (unsigned char *byte = buffer.begin - 1; byte >= buffer.pages; byte--) {
-    if (*byte == POISON) continue;
-    return report_afterwards("out-of-bounds write to %s (%zu bytes), %zu bytes before its start",
-                             buffer.name.c_str(), buffer.size, size_t(buffer.begin - byte));
-  }
-  for (unsigned char *byte = buffer.begin + buffer.size; byte < buffer.pages + buffer.capacity; byte++) {
-    if (*byte == POISON) continue;
-    return report_afterwards("out-of-bounds write to %s (%zu bytes) at byte %zu", buffer.name.c_str(),
-                             buffer.size, size_t(byte - buffer.begin));
-  }
-}
-
-void check_canaries(bool shared) {
-  for (const Buffer &buffer : buffers) {
-    if (buffer.shared == shared && !launch_failed) check_canaries(buffer);
-  }
 }
 
 // ---- shared memory

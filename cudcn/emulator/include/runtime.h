@@ -64,7 +64,6 @@ int take_stack();
 void release_stack(int stack);
 void release_all_stacks();
 void *stack_top(int stack);
-bool is_stack_overflow(const void *address);
 bool is_on_stack(uintptr_t address);
 void seed_random(unsigned seed);
 void start_block();       // all its threads, until they have returned or the launch has failed
