@@ -76,11 +76,12 @@ def backward(
             if grad_weight is not None:
                 operand = columns.sample(images)
                 for group in range(g.groups):
-                    weight_sums[group] += device.matmul(grad_product[group], operand[group].T)
+                    share = device.matmul(grad_product[group], operand[group].T)
+                    weight_sums[group] += share.astype(sums, copy=False)
         if grad_weight is not None:
             grad_weight[...] = columns.unweights(weight_sums).reshape(grad_weight.shape)
         if grad_bias is not None:
-            grad_bias[...] = grad_output.astype(sums).sum(axis=(0, 2, 3))
+            grad_bias[...] = grad_output.astype(sums, copy=False).sum(axis=(0, 2, 3))
 
 
 class _Columns:

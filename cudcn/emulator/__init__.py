@@ -1,21 +1,24 @@
-"""Run the CUDA kernels of `kernels_cu/` on the CPU, from their own source, and find what is wrong with them.
+"""Runs the CUDA kernels of `kernels_cu/` on the CPU, from their own source, and finds what is wrong.
 
-g++ compiles a `.cu` against the headers in `include/`, which stand in for CUDA's device language, and the threads of a
-block run one after another as fibers. It needs g++ 11 or later on Linux on an x86-64 processor with AVX2.
+g++ compiles a `.cu` against the headers in `include/`, which stand in for CUDA's device language; the threads
+of a block run one after another, as fibers. It needs g++ 11 or later, on Linux, on an x86-64 processor with
+AVX2.
 
     sample = kernel(Path("kernels_cu/deform_conv2d.cu"), "deform_conv2d_sample<float, float, false>")
     sample((blocks,), (256,), (input, offset, mask, columns, shape))
 
-Arrays are copied for each launch into memory that ends at a guard page, and what the kernel wrote is copied back.
-Two builds, chosen by `settings`:
+Arrays are copied for each launch into memory that ends at a guard page, and what the kernel wrote is copied
+back. Two builds, chosen by `settings`:
 
-- `"fast"` finds accesses past an array that hit a guard page, writes to `const` pointers, deadlocks and divergent warp
-  collectives; shared memory and new arrays are full of NaN, so that what was never written shows in the result.
-- `"check"`, about ten times slower, looks at every access: out of bounds, misaligned, data races in shared and global
-  memory, shared memory that was never written, undefined behaviour. It tells the line of the source.
+- "fast" finds accesses that hit a guard page, writes to `const` pointers, misaligned moves of whole vectors,
+  deadlocks and divergent warp collectives. Shared memory and new arrays are full of NaN: what was never
+  written shows in the result.
+- "check" looks at every access and finds those out of bounds or misaligned, data races in shared and global
+  memory, reads of shared memory that was never written, and undefined behaviour. It is three to fifty times
+  slower and takes sixty bytes for each byte of an array that a kernel touches: give it small shapes.
 
-A race changes the result of the fast build only if threads run in an order that suits it: try `order="reverse"` and
-`order="random"`. What is not emulated is listed in `include/cuda_emulator.h`.
+A race changes the result of the fast build only where the threads run in an order that suits it: try
+`order="reverse"` and `order="random"`. What is not emulated is listed in `include/cuda_emulator.h`.
 """
 
 from .build import kernel

@@ -17,13 +17,19 @@ from .launch import Kernel
 
 INCLUDE = Path(__file__).resolve().parent / "include"
 
-# -ffp-contract=off: a kernel that wants a fused multiply-add says so. -fno-strict-aliasing: CUDA code reads floats as
-# float4. -fno-gnu-unique: a static in a template is then one object for each library, not one for all.
-# -U_FORTIFY_SOURCE: a checked longjmp refuses to leave a fiber's stack.
-FLAGS = (
-    "-std=c++17 -g1 -march=x86-64-v3 -ffp-contract=off -fno-strict-aliasing -fno-gnu-unique -fno-exceptions -fPIC "
-    "-fvisibility=hidden -U_FORTIFY_SOURCE -Wno-unknown-pragmas"
-).split()
+FLAGS = [
+    "-std=c++17",
+    "-g1",
+    "-march=x86-64-v3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-exceptions",
+    "-ffp-contract=off",  # a kernel that wants a fused multiply-add says so
+    "-fno-strict-aliasing",  # CUDA code reads floats as float4
+    "-fno-gnu-unique",  # else a static in a template is one object for all libraries
+    "-U_FORTIFY_SOURCE",  # a checked longjmp refuses to leave a fiber's stack
+    "-Wno-unknown-pragmas",
+]
 KERNEL_FLAGS = {
     "fast": ["-O2"],
     # Without optimisation, so that no access is optimised away before it is checked.
@@ -35,6 +41,8 @@ KERNEL_FLAGS = {
     ],
 }
 RUNTIME_FLAGS = {"fast": ["-O2"], "check": ["-O2", "-DEMULATOR_CHECK"]}
+# A libstdc++ of its own: Python may have loaded another one.
+RUNTIME_LINK = ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
 CHECK_ONLY = ("checker.cpp", "checker_hooks.cpp")
 
 _kernels: dict[tuple, Kernel] = {}
@@ -43,10 +51,11 @@ _kernels: dict[tuple, Kernel] = {}
 def kernel(
     source: Path, expression: str, *, include: Sequence[Path] = (), defines: Sequence[str] = ()
 ) -> Kernel:
-    """The kernel `expression` (a function, or an instance of a template) of a `.cu`, compiled when first asked for.
+    """The kernel `expression` (a function, or an instance of a template) of a `.cu`.
 
-    It is compiled for the build that is in force now. Its directory and those of `include` are searched for headers;
-    a change to any file in them compiles it anew. `defines` are preprocessor macros, "NAME" or "NAME=value".
+    It is compiled when first asked for, for the build that is in force now. Its directory and those of
+    `include` are searched for headers; a change to any file in them compiles it anew. `defines` are
+    preprocessor macros, "NAME" or "NAME=value".
     """
     source = Path(source).resolve()
     build = current_settings().build
@@ -55,7 +64,8 @@ def kernel(
     request = (source, expression, tuple(folders), tuple(defines), build, str(cache_folder()), state)
     if request not in _kernels:
         _check_platform()
-        _kernels[request] = Kernel(expression, _build_kernel(source, expression, folders, tuple(defines), build))
+        library = _build_kernel(source, expression, folders, tuple(defines), build)
+        _kernels[request] = Kernel(expression, library)
     return _kernels[request]
 
 
@@ -93,14 +103,16 @@ def _build_kernel(
 
 
 def _build_runtime(build: str) -> Path:
-    sources = [path for path in sorted(INCLUDE.glob("*.cpp")) if build == "check" or path.name not in CHECK_ONLY]
+    sources = sorted(INCLUDE.glob("*.cpp"))
+    if build != "check":
+        sources = [path for path in sources if path.name not in CHECK_ONLY]
     flags = [*FLAGS, *RUNTIME_FLAGS[build], f"-I{INCLUDE}"]
     key = _digest(_compiler_version(_compiler()), *flags, _folder_digest(INCLUDE))
     library = cache_folder() / f"libcudcn_emulator_{build}_{key}.so"
     if not library.exists():
         # One translation unit, since parsing the headers takes most of the time.
         text = "".join(f'#include "{path}"\n' for path in sources)
-        _compile(library, text, [*flags, f"-Wl,-soname,{library.name}"])
+        _compile(library, text, [*flags, *RUNTIME_LINK, f"-Wl,-soname,{library.name}"])
     return library
 
 

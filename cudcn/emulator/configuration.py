@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 BUILDS = ("fast", "check")
 ORDERS = ("forward", "reverse", "random")
@@ -16,7 +17,7 @@ class Settings:
     seed: int = 0
     strict: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.build not in BUILDS:
             raise ValueError(f"emulator: build must be one of {BUILDS}, got {self.build!r}")
         if self.order not in ORDERS:
@@ -28,7 +29,7 @@ _active: Settings | None = None
 
 
 def current_settings() -> Settings:
-    """The settings in force: those of the innermost `settings`, else the environment's, else fast and forward."""
+    """Those of the innermost `settings`, else the environment's, else fast and forward."""
     if _active is not None:
         return _active
     return Settings(
@@ -54,8 +55,9 @@ def settings(
     """
     global _active
     given = {"build": build, "order": order, "seed": seed, "strict": strict}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     before = _active
-    _active = replace(current_settings(), **{name: value for name, value in given.items() if value is not None})
+    _active = replace(current_settings(), **changes)
     try:
         yield
     finally:

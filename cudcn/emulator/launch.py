@@ -71,7 +71,7 @@ class Kernel:
         return f"<emulated kernel {self.expression}>"
 
     def __call__(self, grid: tuple, block: tuple, args: tuple, shared_mem: int = 0) -> None:
-        """Run all blocks; returns when they are done. An array goes to a pointer, `None` is a null pointer."""
+        """Run all blocks, and return when they are done. Arrays go to pointers; `None` is a null pointer."""
         grid = _three(grid)
         block = _three(block)
         _check_launch(self.expression, grid, block, shared_mem)
@@ -173,7 +173,7 @@ def _check_launch(expression: str, grid: tuple, block: tuple, shared_mem: int) -
 
 
 def _with_source_lines(message: str, library: Path) -> str:
-    """Replaces each "@pc=..." of the runtime by the source line, if addr2line (of binutils) is there to tell it."""
+    """Replaces each "@pc=..." by the source line, if addr2line (of binutils) is there to tell it."""
     return re.sub(r" @pc=([0-9a-f]+)", lambda match: _source_line(match[1], library), message)
 
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 
-def empty(shape: int | Sequence[int], dtype: np.typing.DTypeLike) -> np.ndarray:
+def empty(shape: int | Sequence[int], dtype: DTypeLike) -> np.ndarray:
     """A new array of 0xFF bytes, NaN in every float type: what a kernel fails to write shows."""
     shape = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
     dtype = np.dtype(dtype)

@@ -200,7 +200,8 @@ static void check_byte(const Shadow &shadow, size_t offset, const Access &now) {
   }
   if (buffer.shared && now.kind == AccessKind::read) {
     if (written.block != now.block) {
-      fail("read of uninitialised %s at byte %zu%s: no thread has written it yet", buffer.name.c_str(), offset, describe(now.location).c_str());
+      fail("read of uninitialised %s at byte %zu%s: no thread has written it yet", buffer.name.c_str(), offset,
+           describe(now.location).c_str());
     }
     if (written.kind == AccessKind::async_copy) {
       fail("read of %s at byte %zu%s while a cp.async to it%s is in flight", buffer.name.c_str(), offset,
@@ -235,7 +236,8 @@ void check_access(const void *address, size_t size, AccessKind kind, Site site) 
   check_access(block.current % 32, address, size, kind, site);
 }
 
-void check_instrumented_access(uintptr_t address, size_t size, bool is_write, bool is_aligned, uintptr_t return_address) {
+void check_instrumented_access(uintptr_t address, size_t size, bool is_write, bool is_aligned,
+                               uintptr_t return_address) {
   if (!checking || is_on_stack(address)) return;
   const AccessKind kind = is_write ? AccessKind::write : AccessKind::read;
   const uint32_t location = location_of(return_address - 1);  // inside the instruction that made the access

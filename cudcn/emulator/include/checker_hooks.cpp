@@ -3,7 +3,8 @@
 #include "runtime.h"
 
 namespace emulator {
-void check_instrumented_access(uintptr_t address, size_t size, bool is_write, bool is_aligned, uintptr_t return_address);
+void check_instrumented_access(uintptr_t address, size_t size, bool is_write, bool is_aligned,
+                               uintptr_t return_address);
 }
 
 extern "C" {

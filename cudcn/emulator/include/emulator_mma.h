@@ -19,10 +19,12 @@ struct LoadMatrix : Collective {
 EMULATOR_UNCHECKED void load_row(uint16_t (&row)[8], const LoadMatrix &self, int lane) {
   const Site site = self.site;
   if (reinterpret_cast<uintptr_t>(self.row) % 16) {
-    fail("%s: row address of lane %d is not 16-byte aligned (%s:%d)", self.name, lane, base_name(site.file), site.line);
+    fail("%s: row address of lane %d is not 16-byte aligned (%s:%d)", self.name, lane, base_name(site.file),
+         site.line);
   }
   if (!is_shared_memory(self.row, 16)) {
-    fail("%s: row address of lane %d is outside shared memory (%s:%d)", self.name, lane, base_name(site.file), site.line);
+    fail("%s: row address of lane %d is outside shared memory (%s:%d)", self.name, lane, base_name(site.file),
+         site.line);
   }
   check_access(lane, self.row, 16, AccessKind::read, site);
   memcpy(row, self.row, 16);
@@ -68,7 +70,8 @@ struct MatrixMultiply : Collective {
   const float *c;
 };
 
-// The accumulators' layout is the same for both shapes: register i of lane 4g + t is row g or g + 8, column 2t or 2t + 1.
+// The accumulators' layout is the same for both shapes: register i of lane 4g + t is row g or g + 8 and column 2t or
+// 2t + 1.
 inline int accumulator_row(int lane, int i) { return lane / 4 + (i >> 1) * 8; }
 inline int accumulator_column(int lane, int i) { return lane % 4 * 2 + (i & 1); }
 

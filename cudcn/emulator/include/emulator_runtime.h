@@ -108,7 +108,8 @@ struct Export<kernel> {
   }
   // The number of parameters, then the kind of each, then the size of each.
   static const int *signature() {
-    static const int values[] = {int(sizeof...(Parameters)), parameter_kind<Parameters>()..., int(sizeof(Parameters))...};
+    static const int values[] = {int(sizeof...(Parameters)), parameter_kind<Parameters>()...,
+                                 int(sizeof(Parameters))...};
     return values;
   }
 };

@@ -28,7 +28,8 @@ static void copy_arguments_in() {
     }
     arguments[i] = &pointers[i];
     if (!argument.data) continue;
-    Buffer &buffer = add_buffer("argument " + std::to_string(i), argument.size, reinterpret_cast<uintptr_t>(argument.data));
+    const uintptr_t alignment = reinterpret_cast<uintptr_t>(argument.data);
+    Buffer &buffer = add_buffer("argument " + std::to_string(i), argument.size, alignment);
     memcpy(buffer.begin, argument.data, argument.size);
     copies[i] = buffer.begin;
     pointers[i] = buffer.begin + argument.offset;
@@ -71,7 +72,8 @@ static void run_all_blocks() {
     uint64_t index = i;
     if (launch_config->order == REVERSE) index = count - 1 - i;
     if (launch_config->order == RANDOM) index = random_block = (random_block + step) % count;
-    blockIdx = {unsigned(index % gridDim.x), unsigned(index / gridDim.x % gridDim.y), unsigned(index / gridDim.x / gridDim.y)};
+    const uint64_t rows = index / gridDim.x;
+    blockIdx = {unsigned(index % gridDim.x), unsigned(rows % gridDim.y), unsigned(rows / gridDim.y)};
     start_block_memory();
     checker_start_block();
     start_block();

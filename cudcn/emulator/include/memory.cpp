@@ -9,6 +9,7 @@ namespace emulator {
 constexpr size_t PAGE_SIZE = 4096;
 constexpr size_t GUARD_SIZE = 1 << 20;  // addresses cost nothing, and an index is often wrong by a whole row or plane
 constexpr size_t POOL_LIMIT = 64 << 20;
+constexpr size_t POOL_COUNT = 1024;  // each is three mappings, of which a process has 65530
 constexpr size_t SHARED_LIMIT = 227 * 1024;        // of a block on sm_90 and later
 constexpr size_t STATIC_SHARED_LIMIT = 48 * 1024;  // ptxas refuses more
 
@@ -32,7 +33,8 @@ static unsigned char *map_pages(size_t capacity) {
     pool_size -= capacity;
     return pages;
   }
-  void *mapped = mmap(nullptr, capacity + 2 * GUARD_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void *mapped = mmap(nullptr, capacity + 2 * GUARD_SIZE, PROT_NONE, flags, -1, 0);
   if (mapped == MAP_FAILED) return nullptr;
   unsigned char *pages = static_cast<unsigned char *>(mapped) + GUARD_SIZE;
   mprotect(pages, capacity, PROT_READ | PROT_WRITE);
@@ -40,7 +42,7 @@ static unsigned char *map_pages(size_t capacity) {
 }
 
 static void unmap_pages(unsigned char *pages, size_t capacity) {
-  if (pool_size + capacity <= POOL_LIMIT) {
+  if (pool_size + capacity <= POOL_LIMIT && pool.size() < POOL_COUNT) {
     pool.push_back({pages, capacity});
     pool_size += capacity;
   } else {
@@ -52,7 +54,9 @@ static void unmap_pages(unsigned char *pages, size_t capacity) {
 // A signalling NaN of float and bfloat16, so that `element += 1` changes it, and a NaN of half.
 constexpr unsigned char CANARY[2] = {0xA5, 0xFF};
 
-static unsigned char canary_at(const unsigned char *address) { return CANARY[reinterpret_cast<uintptr_t>(address) % 2]; }
+static unsigned char canary_at(const unsigned char *address) {
+  return CANARY[reinterpret_cast<uintptr_t>(address) % 2];
+}
 
 static void fill_canary(unsigned char *begin, unsigned char *end) {
   for (unsigned char *byte = begin; byte < end; byte++) *byte = canary_at(byte);
