@@ -20,7 +20,9 @@ Result = TypeVar("Result")
 def threads() -> int:
     """CUDCN_NUM_THREADS, or the cores that this process may use."""
     if wanted := os.environ.get("CUDCN_NUM_THREADS"):
-        return max(1, int(wanted))
+        if not wanted.isdecimal() or int(wanted) < 1:
+            raise ValueError(f"CUDCN_NUM_THREADS must be a positive number, got {wanted!r}")
+        return int(wanted)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
