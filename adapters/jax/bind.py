@@ -1,0 +1,198 @@
+"""An operator as two XLA custom calls, `cudcn.X` and `cudcn.X_backward`, and the functions that call them.
+
+XLA hands a custom call its buffers and its stream; the raw pair fills the output buffers in place, through NumPy
+or CuPy arrays over them. A call's attributes travel as text packed into integers: jax-tvm-ffi 0.1.3 hands over
+strings of some lengths as garbage (seen on the CPU: 20 characters arrived as 7 bytes of an address).
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import ctypes
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes  # noqa: F401  makes np.dtype("bfloat16") known
+import numpy as np
+
+try:
+    import jax
+    import jax_tvm_ffi
+    import tvm_ffi
+except ImportError as error:
+    raise ImportError(
+        f'cudcn.jax needs JAX and jax-tvm-ffi, install them with pip install "cudcn[jax]" ({error})'
+    ) from error
+
+from .. import dispatch
+from ..op import Op, spec
+
+Attributes = tuple[tuple[str, Any], ...]  # canonical ones, as JAX wants static arguments: hashable
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Static:
+    """Knowledge of the forward pass that the backward pass needs while it is traced."""
+
+    value: Any
+
+
+def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The operator's public pair on JAX arrays."""
+    _register(op)
+    names = op.tensors
+
+    # jit: else every call outside of a user's jit would be traced anew
+    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def run(attributes: Attributes, *tensors: Any) -> Any:
+        output = op.planned(tuple(map(spec, tensors)), **dict(attributes)).output
+        return _call(op.name, attributes, tensors, (), [jax.ShapeDtypeStruct(*output)])[0]
+
+    def remember(attributes: Attributes, *primals: Any) -> Any:
+        tensors = tuple(None if p is None else p.value for p in primals)
+        wanted = tuple(p is not None and p.perturbed for p in primals)
+        return run(attributes, *tensors), (tensors, _Static(wanted))
+
+    def differentiate(attributes: Attributes, residuals: Any, grad_output: Any) -> Any:
+        tensors, wanted = residuals
+        if isinstance(grad_output, jax.custom_derivatives.SymbolicZero):
+            return (None,) * len(tensors)
+        return run_backward(attributes, wanted.value, grad_output, *tensors)
+
+    run.__wrapped__.defvjp(remember, differentiate, symbolic_zeros=True)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+    def run_backward(attributes: Attributes, wanted: tuple[bool, ...], grad_output: Any, *tensors: Any) -> Any:
+        """One gradient per tensor, None where it is not wanted."""
+        plan = op.planned(tuple(map(spec, tensors)), **dict(attributes))
+        op.check_grad_output(plan, grad_output)
+        outputs = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t, w in zip(tensors, wanted, strict=True) if w]
+        grads = iter(_call(f"{op.name}_backward", attributes, (grad_output, *tensors), wanted, outputs))
+        return tuple(next(grads) if w else None for w in wanted)
+
+    @run_backward.__wrapped__.defjvp
+    def refuse(*_: Any) -> Any:
+        raise NotImplementedError(f"{op.name}: the second derivative is not implemented")
+
+    @functools.wraps(op.function)
+    def forward(*tensors: Any, **attributes: Any) -> Any:
+        tensors = _by_position(op.name, names, tensors, attributes)
+        return run(tuple(op.canonical(**attributes).items()), *tensors)
+
+    def backward(*tensors: Any, **attributes: Any) -> Any:
+        grad_output, *tensors = _by_position(
+            f"{op.name}_backward", {"grad_output": False, **names}, tensors, attributes
+        )
+        wanted = tuple(tensor is not None for tensor in tensors)
+        canonical = tuple(op.canonical(**attributes).items())
+        return op.gradients(*run_backward(canonical, wanted, grad_output, *tensors))
+
+    backward.__name__ = backward.__qualname__ = f"{op.name}_backward"
+    backward.__doc__ = f"The gradients of `sum(grad_output * {op.name}(...))`; None for a tensor that is None."
+    backward.__signature__ = _backward_signature(op)  # type: ignore[attr-defined]
+    return forward, backward
+
+
+def _by_position(
+    name: str, names: dict[str, bool], tensors: tuple[Any, ...], attributes: dict[str, Any]
+) -> tuple[Any, ...]:
+    """All tensors, those given by name taken out of `attributes`."""
+    if len(tensors) > len(names):
+        raise TypeError(f"{name}: takes {len(names)} tensors by position, got {len(tensors)}")
+    tensors += tuple(attributes.pop(n, None) for n in list(names)[len(tensors) :])
+    framework = dispatch.framework(name, names, tensors)
+    if framework != "jax":
+        raise TypeError(f"{name}: cudcn.jax takes JAX arrays, got {framework}")
+    return tensors
+
+
+def _backward_signature(op: Op) -> inspect.Signature:
+    signature = inspect.signature(op.function)
+    grad_output = inspect.Parameter("grad_output", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="Any")
+    return inspect.Signature(
+        [grad_output, *signature.parameters.values()], return_annotation=op.gradients.__name__
+    )
+
+
+def _call(
+    name: str, attributes: Attributes, tensors: Sequence[Any], wanted: Sequence[bool], outputs: Sequence[Any]
+) -> Sequence[Any]:
+    given = tuple(tensor is not None for tensor in tensors)
+    arrays = [tensor for tensor in tensors if tensor is not None]
+    call = jax.ffi.ffi_call(f"cudcn.{name}", outputs, vmap_method="sequential")
+    return call(*arrays, call=_packed(repr((attributes, given, tuple(wanted)))))
+
+
+def _packed(text: str) -> np.ndarray:
+    data = text.encode()
+    return np.frombuffer(data.ljust(-(-len(data) // 8) * 8), np.int64)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(call: tuple[int, ...]) -> tuple[dict[str, Any], tuple[bool, ...], tuple[bool, ...]]:
+    attributes, given, wanted = ast.literal_eval(np.array(call, np.int64).tobytes().decode())
+    return dict(attributes), given, wanted
+
+
+def _register(op: Op) -> None:
+    def forward(call: Sequence[int], *buffers: Any) -> None:
+        attributes, given, _ = _parsed(tuple(call))
+        with _device(buffers[0].device):
+            *arrays, out = map(_view, buffers)
+            tensors = _spread(given, arrays)
+            op.forward(op.planned(tuple(map(spec, tensors)), **attributes), out, *tensors)
+
+    def backward(call: Sequence[int], *buffers: Any) -> None:
+        attributes, given, wanted = _parsed(tuple(call))
+        with _device(buffers[0].device):
+            arrays = [_view(buffer) for buffer in buffers]
+            grad_output, *tensors = _spread(given, arrays)
+            grads = _spread(wanted, arrays[sum(given) :])
+            op.backward(op.planned(tuple(map(spec, tensors)), **attributes), grads, grad_output, *tensors)
+
+    for platform in "cpu", "gpu":  # which asks for no GPU
+        for name, function in (op.name, forward), (f"{op.name}_backward", backward):
+            jax_tvm_ffi.register_ffi_target(
+                f"cudcn.{name}", function, ["attrs.call", "args", "rets"], platform=platform
+            )
+
+
+def _spread(flags: Sequence[bool], arrays: Sequence[Any]) -> list[Any]:
+    """The arrays at the places that are flagged, None at the others."""
+    rest = iter(arrays)
+    return [next(rest) if flag else None for flag in flags]
+
+
+@contextlib.contextmanager
+def _device(device: Any) -> Any:
+    """CuPy on XLA's device and stream."""
+    if device.type == "cpu":
+        yield
+        return
+    import cupy
+
+    stream = tvm_ffi.get_raw_stream(device)
+    external = cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, stream)))
+    with cupy.cuda.Device(device.index), external:
+        yield
+
+
+def _view(buffer: Any) -> Any:
+    """A NumPy or CuPy array over an XLA buffer, which is dense; by address, as NumPy's DLPack has no bfloat16."""
+    shape, dtype = tuple(buffer.shape), np.dtype(str(buffer.dtype))
+    size = math.prod(shape) * dtype.itemsize
+    if buffer.device.type == "cpu":
+        return np.ndarray(shape, dtype, (ctypes.c_char * size).from_address(buffer.data_ptr()))
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(buffer.data_ptr(), size, buffer, buffer.device.index)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))

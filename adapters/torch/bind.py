@@ -1,0 +1,208 @@
+"""An operator as two torch operators, `torch.ops.cudcn.X` and `X_backward`, and the functions that call them.
+
+Torch's dispatcher does what it is good at: autograd, torch.compile, fake tensors. Below it, NumPy or CuPy arrays
+over the tensors' own memory go to the raw pair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from .. import dispatch
+from ..op import Op, spec
+
+_LIBRARY = torch.library.Library("cudcn", "FRAGMENT")  # what it defines lives as long as this object
+_SCHEMA_TYPES = {
+    "Pair": "int[]", "Padding": "int[]", "int": "int", "float": "float", "bool": "bool", "str": "str"
+}  # fmt: skip
+_DTYPES = {
+    torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16,
+    torch.float32: np.float32, torch.float64: np.float64,
+}  # fmt: skip
+
+
+def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The operator's public pair on torch tensors."""
+    _define(op)
+    run = getattr(torch.ops.cudcn, op.name).default
+    run_backward = getattr(torch.ops.cudcn, f"{op.name}_backward").default
+    # what the functions below need is looked up here: torch.compile traces them
+    name, names, fine, canonical, gradients = op.name, op.tensors, op.fine, op.canonical, op.gradients
+
+    @functools.wraps(op.function)
+    def forward(*tensors: Any, **attributes: Any) -> Any:
+        tensors = _by_position(name, names, tensors, attributes)
+        return run(*_autocast(names, fine, tensors), *canonical(**attributes).values())
+
+    def backward(*tensors: Any, **attributes: Any) -> Any:
+        tensors = _by_position(f"{name}_backward", {"grad_output": False, **names}, tensors, attributes)
+        needs = [tensor is not None for tensor in tensors[1:]]
+        return gradients(*_spread(needs, run_backward(*tensors, *canonical(**attributes).values(), needs)))
+
+    backward.__name__ = backward.__qualname__ = f"{name}_backward"
+    backward.__doc__ = f"The gradients of `sum(grad_output * {name}(...))`; None for a tensor that is None."
+    backward.__signature__ = _backward_signature(op)  # type: ignore[attr-defined]
+    return forward, backward
+
+
+def _by_position(
+    name: str, names: dict[str, bool], tensors: tuple[Any, ...], attributes: dict[str, Any]
+) -> tuple[Any, ...]:
+    """All tensors, those given by name taken out of `attributes`; torch.compile can trace this."""
+    if len(tensors) > len(names):
+        raise TypeError(f"{name}: takes {len(names)} tensors by position, got {len(tensors)}")
+    tensors += tuple(attributes.pop(n, None) for n in list(names)[len(tensors) :])
+    framework = dispatch.framework(name, names, tensors)
+    if framework != "torch":
+        raise TypeError(f"{name}: cudcn.torch takes torch tensors, got {framework}")
+    return tensors
+
+
+def _backward_signature(op: Op) -> inspect.Signature:
+    signature = inspect.signature(op.function)
+    grad_output = inspect.Parameter("grad_output", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="Any")
+    return inspect.Signature(
+        [grad_output, *signature.parameters.values()], return_annotation=op.gradients.__name__
+    )
+
+
+def _autocast(names: dict[str, bool], fine: Sequence[str], tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The tensors as torch's convolutions take them under autocast; `fine` ones keep their float32."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t if t is None or not t.is_floating_point() or (n in fine and t.dtype == torch.float32) else t.to(dtype)
+        for n, t in zip(names, tensors, strict=True)
+    )
+
+
+def _spread(needs: Sequence[bool], grads: Sequence[Any]) -> list[Any]:
+    """The wanted gradients at their tensors' places, None at the others."""
+    rest = iter(grads)
+    return [next(rest) if need else None for need in needs]
+
+
+def _define(op: Op) -> None:
+    tensors = ", ".join(f"Tensor{'?' if optional else ''} {name}" for name, optional in op.tensors.items())
+    attributes = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in op.attributes.items())
+    count = len(op.tensors)
+    forward_name, backward_name = f"cudcn::{op.name}", f"cudcn::{op.name}_backward"
+    tags = (torch.Tag.pt2_compliant_tag,)
+    _LIBRARY.define(f"{op.name}({tensors}, {attributes}) -> Tensor", tags=tags)
+    _LIBRARY.define(
+        f"{op.name}_backward(Tensor grad_output, {tensors}, {attributes}, bool[] needs) -> Tensor[]", tags=tags
+    )
+
+    def planned(plan: Callable[..., Any], tensors: Sequence[Any], attributes: Sequence[Any]) -> Any:
+        values = (tuple(value) if isinstance(value, list) else value for value in attributes)
+        return plan(tuple(map(spec, tensors)), **dict(zip(op.attributes, values, strict=True)))
+
+    def empty(plan: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, Any]:
+        plan = planned(plan, arguments[:count], arguments[count:])
+        return plan, torch.empty(plan.output.shape, dtype=arguments[0].dtype, device=arguments[0].device)
+
+    def empty_grads(plan: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, list[Any]]:
+        grad_output, *tensors = arguments[: count + 1]
+        plan = planned(plan, tensors, arguments[count + 1 : -1])
+        op.check_grad_output(plan, grad_output)
+        wanted = [t if need else None for t, need in zip(tensors, arguments[-1], strict=True)]
+        return plan, [
+            None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted
+        ]
+
+    def forward(*arguments: Any) -> Any:
+        plan, out = empty(op.planned, arguments)
+        with _arrays(out, *arguments[:count]) as arrays:
+            op.forward(plan, *arrays)
+        return out
+
+    def backward(*arguments: Any) -> Any:
+        plan, grads = empty_grads(op.planned, arguments)
+        with _arrays(*arguments[: count + 1], *grads) as arrays:
+            op.backward(plan, arrays[count + 1 :], *arrays[: count + 1])
+        return [grad for grad in grads if grad is not None]
+
+    # symbolic shapes must not be remembered: their truth is a guard of one trace
+    def fake_forward(*arguments: Any) -> Any:
+        return empty(op.plan, arguments)[1]
+
+    def fake_backward(*arguments: Any) -> Any:
+        return [grad for grad in empty_grads(op.plan, arguments)[1] if grad is not None]
+
+    def save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:count])
+        ctx.attributes = inputs[count:]
+
+    def differentiate(ctx: Any, grad_output: Any) -> Any:
+        needs = list(ctx.needs_input_grad[:count])
+        run = getattr(torch.ops.cudcn, f"{op.name}_backward").default
+        grads = run(grad_output, *ctx.saved_tensors, *ctx.attributes, needs)
+        return *_spread(needs, grads), *(None for _ in ctx.attributes)
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"{op.name}: the second derivative is not implemented")
+
+    for key in "CPU", "CUDA":
+        _LIBRARY.impl(op.name, forward, key)
+        _LIBRARY.impl(f"{op.name}_backward", backward, key)
+    torch.library.register_fake(forward_name, fake_forward, lib=_LIBRARY)
+    torch.library.register_fake(backward_name, fake_backward, lib=_LIBRARY)
+    torch.library.register_autograd(forward_name, differentiate, setup_context=save, lib=_LIBRARY)
+    torch.library.register_autograd(backward_name, refuse, lib=_LIBRARY)
+
+
+@contextlib.contextmanager
+def _arrays(first: torch.Tensor, *others: torch.Tensor | None) -> Any:
+    """NumPy or CuPy views of the tensors; CuPy works on torch's stream and memory meanwhile."""
+    device = first.device
+    if device.type == "cpu":
+        yield [None if t is None else _numpy_view(t) for t in (first, *others)]
+        return
+    import cupy
+
+    stream = torch.cuda.current_stream(device).cuda_stream
+    external = cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, stream)))
+    # one pool for both: memory that CuPy's own pool kept would be lost to torch
+    memory = functools.partial(_torch_memory, device)
+    with cupy.cuda.Device(device.index), external, cupy.cuda.using_allocator(memory):
+        yield [None if t is None else _cupy_view(t) for t in (first, *others)]
+
+
+def _numpy_view(tensor: torch.Tensor) -> Any:
+    if tensor.dtype == torch.bfloat16:  # which NumPy does not know
+        return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.detach().numpy()
+
+
+def _cupy_view(tensor: torch.Tensor) -> Any:
+    """By address: from_dlpack would cost more and ask for streams; the dispatcher has resolved lazy negation."""
+    import cupy
+
+    size = tensor.element_size()
+    strides = tuple(size * stride for stride in tensor.stride())
+    return cupy.ndarray(tuple(tensor.shape), _DTYPES[tensor.dtype], _pointer(tensor), strides)
+
+
+def _torch_memory(device: torch.device, size: int) -> Any:
+    """CuPy's allocator: torch's caching one, on torch's current stream."""
+    return _pointer(torch.empty(size, dtype=torch.uint8, device=device))
+
+
+def _pointer(tensor: torch.Tensor) -> Any:
+    """Names the device, since an empty tensor's null address cannot tell it, and keeps the tensor alive."""
+    import cupy
+
+    size = tensor.untyped_storage().nbytes() if tensor.numel() else 0
+    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), size, tensor, tensor.device.index)
+    return cupy.cuda.MemoryPointer(memory, 0)
