@@ -30,9 +30,10 @@ PASSES = 2
 BINOMIAL = np.outer([1, 2, 1], [1, 2, 1]).astype(np.float32) / 16
 TENSORS = ("input", "offset", "weight", "bias", "mask")
 
-# The largest difference allowed, relative to the largest value. float32 rounds each number by 6e-8; summing in
-# another order, over up to 56,000 pixels, lets that grow some tenfold. A wrong tap or slope shows as 1e-3.
-BOUND = 1e-5
+# The largest difference allowed, relative to the largest value. float32 rounds each number by 6e-8; summed in
+# another order over 56,000 pixels, that can grow sqrt(56,000)-fold, to 1.4e-5. This is twice as much, and a
+# wrong tap, slope or border shows as 1e-3 at least.
+BOUND = 3e-5
 
 
 def main() -> int:
@@ -71,7 +72,7 @@ def main() -> int:
 
 
 def photograph() -> tuple[np.ndarray, np.ndarray]:
-    """(3, H, W) in [0, 1]: a part of scikit-learn's photograph of the Summer Palace, clean and with noise."""
+    """(3, H, W) in [0, 1], clean and with noise: a part of a photograph by danielbuechele (CC BY 2.0)."""
     from sklearn.datasets import load_sample_image
 
     clean = load_sample_image("china.jpg")[15:215, 70:350].transpose(2, 0, 1).astype(np.float32) / 255
@@ -120,31 +121,28 @@ def regular(image: np.ndarray) -> np.ndarray:
 def compare(image: np.ndarray, offset: np.ndarray, mask: np.ndarray, clean: np.ndarray) -> bool:
     """Print how far each framework's output and gradients are from NumPy's; whether all are near enough."""
     weight, bias = np.ones((3, 1, 3, 3), np.float32), np.zeros(3, np.float32)
-    whole = (image[None], offset, weight, bias, mask)
-    crop = np.s_[..., 60:92, 60:92]  # the emulator runs every CUDA thread in turn
-    part = (image[None][crop], offset[crop], weight, bias, mask[crop])
+    tensors, target = (image[None], offset, weight, bias, mask), clean[None]
+    expected = with_numpy(target, *tensors)
     compiler = "" if shutil.which("g++") else "g++ not found"
-    runs: list[tuple[str, Callable[..., Arrays], Arrays, np.ndarray, str]] = [
-        ("torch", with_torch, whole, clean[None], missing("torch")),
-        ("JAX", with_jax, whole, clean[None], missing("jax", "jax_tvm_ffi")),
-        ("CUDA, emulated", emulated, part, clean[None][crop], compiler),
+    runs: list[tuple[str, Callable[..., Arrays], str]] = [
+        ("torch", with_torch, missing("torch")),
+        ("JAX", with_jax, missing("jax", "jax_tvm_ffi")),
+        ("CUDA, emulated", emulated, compiler),
     ]
     lines, agree = [], True
-    for name, run, tensors, target, reason in runs:
+    for name, run, reason in runs:
         if reason:
             lines.append(f"{name:15} skipped: {reason}")
             continue
-        with step(f"{name}: forward and backward"):
+        with step(f"{name}: load, forward and backward"):
             results = run(target, *tensors)
-        expected = with_numpy(target, *tensors)
         far = [float(abs(a - b).max() / abs(b).max()) for a, b in zip(results, expected, strict=True)]
         near = all(value <= BOUND for value in far)  # so that NaN is not near
         agree &= near
-        size = "x".join(map(str, tensors[0].shape))
         verdict = "agrees" if near else f"DIFFERS by more than {BOUND:.0e}"
-        lines.append(f"{name:15} {size:>13} " + "".join(f"{value:10.1e}" for value in far) + f"  {verdict}")
+        lines.append(f"{name:15} " + "".join(f"{value:10.1e}" for value in far) + f"  {verdict}")
     print("\nLargest difference from NumPy's output and gradients (d), relative to the largest value:")
-    print(f"{'':15} {'input':>13} {'output':>10}" + "".join(f"{'d ' + name:>10}" for name in TENSORS))
+    print(f"{'':15} {'output':>10}" + "".join(f"{'d ' + name:>10}" for name in TENSORS))
     print("\n".join(lines) + "\n")
     return agree
 

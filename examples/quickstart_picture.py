@@ -28,11 +28,9 @@ def draw(
     figure = Figure(figsize=(15, 10.4), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     left, right = 0.02, 0.98
+    figure.text(left, 0.945, "Deformable convolution: each pixel has its own 3x3 grid", size=27, weight="bold")
     figure.text(
-        left, 0.945, "Deformable convolution: each pixel has its own 3x3 grid", size=27, weight="bold"
-    )
-    figure.text(
-        left, 0.9, "Here the photo itself bends the grid: along an edge, never across it. "
+        left, 0.9, "Here the photo itself bends the grid: long along an edge, narrow across it. "
         "So noise is smoothed and edges stay sharp.", size=17, color=GREY,
     )  # fmt: skip
 
@@ -54,10 +52,9 @@ def draw(
     ):
         error = -10 * np.log10(((image - clean) ** 2).mean())
         _image(figure.add_subplot(cell), image[DETAIL], f"{title}: {error:.1f} dB")
-    figure.text(
-        left, 0.015, "dB: the whole picture's nearness to the photo without noise (PSNR), higher is better. "
-        "Offsets and mask are computed from the noisy picture.", size=13, color=GREY,
-    )  # fmt: skip
+    note = {"size": 12, "color": GREY}
+    figure.text(left, 0.015, "dB (PSNR): the whole picture's nearness to the clean photo, more is better", **note)
+    figure.text(right, 0.015, "Photo: danielbuechele, CC BY 2.0; cropped, noise added", ha="right", **note)
     figure.savefig(path)
 
 

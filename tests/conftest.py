@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 
 
@@ -23,3 +24,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and (reason := no_gpu()):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulator's own, whatever the environment says."""
+    monkeypatch.delenv("CUDCN_EMULATOR_BUILD", raising=False)
+    monkeypatch.delenv("CUDCN_EMULATOR_ORDER", raising=False)

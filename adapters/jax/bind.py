@@ -1,8 +1,8 @@
 """An operator as two XLA custom calls, `cudcn.X` and `cudcn.X_backward`, and the functions that call them.
 
 XLA hands a custom call its buffers and its stream; the raw pair fills the output buffers in place, through NumPy
-or CuPy arrays over them. A call's attributes travel as text packed into integers: jax-tvm-ffi 0.1.3 hands over
-strings of some lengths as garbage (seen on the CPU: 20 characters arrived as 7 bytes of an address).
+or CuPy arrays over them. A call's attributes travel as text packed into integers: jax-tvm-ffi 0.1.3 frees a string
+of more than 7 bytes before the callee reads it (arrays it keeps alive).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 try:
     import jax
     import jax_tvm_ffi
-    import tvm_ffi
+    from jax.experimental.custom_dce import custom_dce
 except ImportError as error:
     raise ImportError(
         f'cudcn.jax needs JAX and jax-tvm-ffi, install them with pip install "cudcn[jax]" ({error})'
@@ -34,14 +33,6 @@ from .. import dispatch
 from ..op import Op, spec
 
 Attributes = tuple[tuple[str, Any], ...]  # canonical ones, as JAX wants static arguments: hashable
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class _Static:
-    """Knowledge of the forward pass that the backward pass needs while it is traced."""
-
-    value: Any
 
 
 def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -56,32 +47,32 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         output = op.planned(tuple(map(spec, tensors)), **dict(attributes)).output
         return _call(op.name, attributes, tensors, (), [jax.ShapeDtypeStruct(*output)])[0]
 
-    def remember(attributes: Attributes, *primals: Any) -> Any:
-        tensors = tuple(None if p is None else p.value for p in primals)
-        wanted = tuple(p is not None and p.perturbed for p in primals)
-        return run(attributes, *tensors), (tensors, _Static(wanted))
+    def remember(attributes: Attributes, *tensors: Any) -> Any:
+        return run(attributes, *tensors), tensors
 
-    def differentiate(attributes: Attributes, residuals: Any, grad_output: Any) -> Any:
-        tensors, wanted = residuals
-        if isinstance(grad_output, jax.custom_derivatives.SymbolicZero):
-            return (None,) * len(tensors)
-        return run_backward(attributes, wanted.value, grad_output, *tensors)
+    def differentiate(attributes: Attributes, tensors: Any, grad_output: Any) -> Any:
+        return run_backward(attributes, grad_output, *tensors)
 
-    run.__wrapped__.defvjp(remember, differentiate, symbolic_zeros=True)
+    run.__wrapped__.defvjp(remember, differentiate)
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
-    @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-    def run_backward(attributes: Attributes, wanted: tuple[bool, ...], grad_output: Any, *tensors: Any) -> Any:
+    def gradients(attributes: Attributes, wanted: Sequence[bool], grad_output: Any, *tensors: Any) -> Any:
         """One gradient per tensor, None where it is not wanted."""
         plan = op.planned(tuple(map(spec, tensors)), **dict(attributes))
         op.check_grad_output(plan, grad_output)
         outputs = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t, w in zip(tensors, wanted, strict=True) if w]
-        grads = iter(_call(f"{op.name}_backward", attributes, (grad_output, *tensors), wanted, outputs))
-        return tuple(next(grads) if w else None for w in wanted)
+        grads = _call(f"{op.name}_backward", attributes, (grad_output, *tensors), wanted, outputs)
+        return tuple(_spread(wanted, grads))
 
-    @run_backward.__wrapped__.defjvp
-    def refuse(*_: Any) -> Any:
-        raise NotImplementedError(f"{op.name}: the second derivative is not implemented")
+    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(custom_dce, static_argnums=0)
+    def run_backward(attributes: Attributes, grad_output: Any, *tensors: Any) -> Any:
+        return gradients(attributes, [t is not None for t in tensors], grad_output, *tensors)
+
+    # the gradients that jit finds unused are not computed. (The `perturbed` flags of a custom_vjp with symbolic
+    # zeros are no way to know: under vmap and cond JAX 0.10 may hand the backward pass those of another trace.)
+    @run_backward.__wrapped__.def_dce
+    def run_backward_partly(attributes: Attributes, used: Any, grad_output: Any, *tensors: Any) -> Any:
+        return gradients(attributes, [bool(u) for u in used], grad_output, *tensors)
 
     @functools.wraps(op.function)
     def forward(*tensors: Any, **attributes: Any) -> Any:
@@ -92,9 +83,7 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         grad_output, *tensors = _by_position(
             f"{op.name}_backward", {"grad_output": False, **names}, tensors, attributes
         )
-        wanted = tuple(tensor is not None for tensor in tensors)
-        canonical = tuple(op.canonical(**attributes).items())
-        return op.gradients(*run_backward(canonical, wanted, grad_output, *tensors))
+        return op.gradients(*run_backward(tuple(op.canonical(**attributes).items()), grad_output, *tensors))
 
     backward.__name__ = backward.__qualname__ = f"{op.name}_backward"
     backward.__doc__ = f"The gradients of `sum(grad_output * {op.name}(...))`; None for a tensor that is None."
@@ -110,7 +99,7 @@ def _by_position(
         raise TypeError(f"{name}: takes {len(names)} tensors by position, got {len(tensors)}")
     tensors += tuple(attributes.pop(n, None) for n in list(names)[len(tensors) :])
     framework = dispatch.framework(name, names, tensors)
-    if framework != "jax":
+    if framework not in ("jax", "numpy"):  # which jit takes too, and which jax.test_util.check_grads passes
         raise TypeError(f"{name}: cudcn.jax takes JAX arrays, got {framework}")
     return tensors
 
@@ -144,16 +133,16 @@ def _parsed(call: tuple[int, ...]) -> tuple[dict[str, Any], tuple[bool, ...], tu
 
 
 def _register(op: Op) -> None:
-    def forward(call: Sequence[int], *buffers: Any) -> None:
+    def forward(call: Sequence[int], stream: int, *buffers: Any) -> None:
         attributes, given, _ = _parsed(tuple(call))
-        with _device(buffers[0].device):
+        with _device(buffers[0].device, stream):
             *arrays, out = map(_view, buffers)
             tensors = _spread(given, arrays)
             op.forward(op.planned(tuple(map(spec, tensors)), **attributes), out, *tensors)
 
-    def backward(call: Sequence[int], *buffers: Any) -> None:
+    def backward(call: Sequence[int], stream: int, *buffers: Any) -> None:
         attributes, given, wanted = _parsed(tuple(call))
-        with _device(buffers[0].device):
+        with _device(buffers[0].device, stream):
             arrays = [_view(buffer) for buffer in buffers]
             grad_output, *tensors = _spread(given, arrays)
             grads = _spread(wanted, arrays[sum(given) :])
@@ -162,7 +151,7 @@ def _register(op: Op) -> None:
     for platform in "cpu", "gpu":  # which asks for no GPU
         for name, function in (op.name, forward), (f"{op.name}_backward", backward):
             jax_tvm_ffi.register_ffi_target(
-                f"cudcn.{name}", function, ["attrs.call", "args", "rets"], platform=platform
+                f"cudcn.{name}", function, ["attrs.call", "ctx.stream", "args", "rets"], platform=platform
             )
 
 
@@ -173,14 +162,13 @@ def _spread(flags: Sequence[bool], arrays: Sequence[Any]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _device(device: Any) -> Any:
+def _device(device: Any, stream: int) -> Any:
     """CuPy on XLA's device and stream."""
     if device.type == "cpu":
         yield
         return
     import cupy
 
-    stream = tvm_ffi.get_raw_stream(device)
     external = cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, stream)))
     with cupy.cuda.Device(device.index), external:
         yield
@@ -194,5 +182,5 @@ def _view(buffer: Any) -> Any:
         return np.ndarray(shape, dtype, (ctypes.c_char * size).from_address(buffer.data_ptr()))
     import cupy
 
-    memory = cupy.cuda.UnownedMemory(buffer.data_ptr(), size, buffer, buffer.device.index)
+    memory = cupy.cuda.UnownedMemory(buffer.data_ptr(), size, None, buffer.device.index)
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))

@@ -48,9 +48,7 @@ CHECK_ONLY = ("checker.cpp", "checker_hooks.cpp")
 _kernels: dict[tuple, Kernel] = {}
 
 
-def kernel(
-    source: Path, expression: str, *, include: Sequence[Path] = (), defines: Sequence[str] = ()
-) -> Kernel:
+def kernel(source: Path, expression: str, *, include: Sequence[Path] = (), defines: Sequence[str] = ()) -> Kernel:
     """The kernel `expression` (a function, or an instance of a template) of a `.cu`.
 
     It is compiled when first asked for, for the build that is in force now. Its directory and those of
@@ -84,9 +82,7 @@ def _check_platform() -> None:
 # ---- building
 
 
-def _build_kernel(
-    source: Path, expression: str, folders: list[Path], defines: tuple[str, ...], build: str
-) -> Path:
+def _build_kernel(source: Path, expression: str, folders: list[Path], defines: tuple[str, ...], build: str) -> Path:
     runtime = _build_runtime(build)
     text = f'#include "cuda_emulator.h"\n#include "{source}"\nEMULATOR_EXPORT({expression})\n'
     flags = [*FLAGS, *KERNEL_FLAGS[build], f"-I{INCLUDE}"]
