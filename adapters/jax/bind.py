@@ -23,7 +23,6 @@ import numpy as np
 try:
     import jax
     import jax_tvm_ffi
-    from jax.experimental.custom_dce import custom_dce
 except ImportError as error:
     raise ImportError(
         f'cudcn.jax needs JAX and jax-tvm-ffi, install them with pip install "cudcn[jax]" ({error})'
@@ -45,7 +44,7 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def run(attributes: Attributes, *tensors: Any) -> Any:
         output = op.planned(tuple(map(spec, tensors)), **dict(attributes)).output
-        return _call(op.name, attributes, tensors, (), [jax.ShapeDtypeStruct(*output)])[0]
+        return _call(op.name, attributes, tensors, [jax.ShapeDtypeStruct(*output)])[0]
 
     def remember(attributes: Attributes, *tensors: Any) -> Any:
         return run(attributes, *tensors), tensors
@@ -55,24 +54,23 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     run.__wrapped__.defvjp(remember, differentiate)
 
-    def gradients(attributes: Attributes, wanted: Sequence[bool], grad_output: Any, *tensors: Any) -> Any:
-        """One gradient per tensor, None where it is not wanted."""
+    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+    def run_backward(attributes: Attributes, grad_output: Any, *tensors: Any) -> Any:
+        """One gradient per tensor, None where that is None.
+
+        All of them: the `perturbed` flags that a custom_vjp with symbolic zeros could hand to the backward pass
+        are at times those of another trace (JAX 0.10, under vmap and cond), and gradients would be missing.
+        """
         plan = op.planned(tuple(map(spec, tensors)), **dict(attributes))
         op.check_grad_output(plan, grad_output)
-        outputs = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t, w in zip(tensors, wanted, strict=True) if w]
-        grads = _call(f"{op.name}_backward", attributes, (grad_output, *tensors), wanted, outputs)
-        return tuple(_spread(wanted, grads))
+        outputs = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in tensors if t is not None]
+        grads = _call(f"{op.name}_backward", attributes, (grad_output, *tensors), outputs)
+        return tuple(_spread([t is not None for t in tensors], grads))
 
-    @functools.partial(jax.jit, static_argnums=0)
-    @functools.partial(custom_dce, static_argnums=0)
-    def run_backward(attributes: Attributes, grad_output: Any, *tensors: Any) -> Any:
-        return gradients(attributes, [t is not None for t in tensors], grad_output, *tensors)
-
-    # the gradients that jit finds unused are not computed. (The `perturbed` flags of a custom_vjp with symbolic
-    # zeros are no way to know: under vmap and cond JAX 0.10 may hand the backward pass those of another trace.)
-    @run_backward.__wrapped__.def_dce
-    def run_backward_partly(attributes: Attributes, used: Any, grad_output: Any, *tensors: Any) -> Any:
-        return gradients(attributes, [bool(u) for u in used], grad_output, *tensors)
+    @run_backward.__wrapped__.defjvp
+    def refuse(*_: Any) -> Any:
+        raise NotImplementedError(f"{op.name}: the second derivative is not implemented")
 
     @functools.wraps(op.function)
     def forward(*tensors: Any, **attributes: Any) -> Any:
@@ -112,13 +110,11 @@ def _backward_signature(op: Op) -> inspect.Signature:
     )
 
 
-def _call(
-    name: str, attributes: Attributes, tensors: Sequence[Any], wanted: Sequence[bool], outputs: Sequence[Any]
-) -> Sequence[Any]:
+def _call(name: str, attributes: Attributes, tensors: Sequence[Any], outputs: Sequence[Any]) -> Sequence[Any]:
     given = tuple(tensor is not None for tensor in tensors)
     arrays = [tensor for tensor in tensors if tensor is not None]
     call = jax.ffi.ffi_call(f"cudcn.{name}", outputs, vmap_method="sequential")
-    return call(*arrays, call=_packed(repr((attributes, given, tuple(wanted)))))
+    return call(*arrays, call=_packed(repr((attributes, given))))
 
 
 def _packed(text: str) -> np.ndarray:
@@ -127,25 +123,25 @@ def _packed(text: str) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=1024)
-def _parsed(call: tuple[int, ...]) -> tuple[dict[str, Any], tuple[bool, ...], tuple[bool, ...]]:
-    attributes, given, wanted = ast.literal_eval(np.array(call, np.int64).tobytes().decode())
-    return dict(attributes), given, wanted
+def _parsed(call: tuple[int, ...]) -> tuple[dict[str, Any], tuple[bool, ...]]:
+    attributes, given = ast.literal_eval(np.array(call, np.int64).tobytes().decode())
+    return dict(attributes), given
 
 
 def _register(op: Op) -> None:
     def forward(call: Sequence[int], stream: int, *buffers: Any) -> None:
-        attributes, given, _ = _parsed(tuple(call))
+        attributes, given = _parsed(tuple(call))
         with _device(buffers[0].device, stream):
             *arrays, out = map(_view, buffers)
             tensors = _spread(given, arrays)
             op.forward(op.planned(tuple(map(spec, tensors)), **attributes), out, *tensors)
 
     def backward(call: Sequence[int], stream: int, *buffers: Any) -> None:
-        attributes, given, wanted = _parsed(tuple(call))
+        attributes, given = _parsed(tuple(call))
         with _device(buffers[0].device, stream):
             arrays = [_view(buffer) for buffer in buffers]
             grad_output, *tensors = _spread(given, arrays)
-            grads = _spread(wanted, arrays[sum(given) :])
+            grads = _spread(given[1:], arrays[sum(given) :])
             op.backward(op.planned(tuple(map(spec, tensors)), **attributes), grads, grad_output, *tensors)
 
     for platform in "cpu", "gpu":  # which asks for no GPU

@@ -61,7 +61,6 @@ _restored = 1
 def single_threaded_blas() -> Iterator[None]:
     """Matrix products run on the thread that asks for them, or our threads and OpenBLAS's get in each other's way.
 
-    Measured on two cores, deform_conv2d takes 5.6 ms with this and 9 ms without (benchmarks/cpu.py's first case).
     The count is OpenBLAS's own, for the whole process, so the last of several callers puts it back.
     """
     global _users, _restored
