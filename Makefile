@@ -30,5 +30,5 @@ $(VENV)/demo $(VENV)/test $(VENV)/dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing cudcn[$(@F)] into $(VENV)"
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet --editable ".[$(@F)]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[$(@F)]"
 	touch $@

@@ -84,7 +84,9 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return op.gradients(*run_backward(tuple(op.canonical(**attributes).items()), grad_output, *tensors))
 
     backward.__name__ = backward.__qualname__ = f"{op.name}_backward"
-    backward.__doc__ = f"The gradients of `sum(grad_output * {op.name}(...))`; None for a tensor that is None."
+    backward.__doc__ = (
+        f"The gradients of `sum(grad_output * {op.name}(...))`; None for a tensor that is None."
+    )
     backward.__signature__ = _backward_signature(op)  # type: ignore[attr-defined]
     return forward, backward
 

@@ -78,11 +78,15 @@ def _backward_signature(op: Op) -> inspect.Signature:
 def _autocast(names: dict[str, bool], fine: Sequence[str], tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """The tensors as torch's convolutions take them under autocast; `fine` ones keep their float32."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or any(t is not None and t.dtype == torch.float64 for t in tensors):
+    if not torch.is_autocast_enabled(device) or any(
+        t is not None and t.dtype == torch.float64 for t in tensors
+    ):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
-        t if t is None or not t.is_floating_point() or (n in fine and t.dtype == torch.float32) else t.to(dtype)
+        t
+        if t is None or not t.is_floating_point() or (n in fine and t.dtype == torch.float32)
+        else t.to(dtype)
         for n, t in zip(names, tensors, strict=True)
     )
 
@@ -101,7 +105,8 @@ def _define(op: Op) -> None:
     tags = (torch.Tag.pt2_compliant_tag,)
     _LIBRARY.define(f"{op.name}({tensors}, {attributes}) -> Tensor", tags=tags)
     _LIBRARY.define(
-        f"{op.name}_backward(Tensor grad_output, {tensors}, {attributes}, bool[] needs) -> Tensor[]", tags=tags
+        f"{op.name}_backward(Tensor grad_output, {tensors}, {attributes}, bool[] needs) -> Tensor[]",
+        tags=tags,
     )
 
     def planned(plan: Callable[..., Any], tensors: Sequence[Any], attributes: Sequence[Any]) -> Any:
