@@ -26,7 +26,7 @@ def framework(op: str, names: Mapping[str, bool], tensors: Sequence[Any]) -> str
     kinds = {name: _kind(op, name, t) for name, t in given}
     if len(set(kinds.values())) > 1:
         raise TypeError(f"{op}: all tensors must be of one framework, got {_listed(kinds)}")
-    places = {name: place for name, t in given if (place := _place(t)) is not None}
+    places = {name: _place(t) for name, t in given}
     if len(set(places.values())) > 1:
         raise ValueError(f"{op}: all tensors must be on one device, got {_listed(places)}")
     return next(iter(kinds.values()))
