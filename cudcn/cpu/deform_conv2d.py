@@ -5,6 +5,7 @@ Work is split into blocks of one image's output pixels; Q is their number, K the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def forward(g: Geometry, out: Any, input: Any, offset: Any, weight: Any, bias: A
             product += bias.astype(dtype).reshape(g.groups, 1, -1)
         out[n].reshape(g.out_channels, -1)[:, part] = _by_channel(g, product)
 
-    for _ in ordered(convolve, _blocks(g, dtype)):
+    for _ in _in_blocks(g, dtype, convolve):
         pass
 
 
@@ -76,7 +77,7 @@ def backward(
     if grad_input is not None:
         image_sums = np.zeros(grad_input.shape, dtype)
     weight_sum: np.ndarray = np.zeros((g.groups, g.out_channels // g.groups, matrix.shape[1]), dtype)
-    for n, grad_pixels, share in ordered(differentiate, _blocks(g, dtype)):
+    for n, grad_pixels, share in _in_blocks(g, dtype, differentiate):
         for (_, channels), part in zip(_offset_groups(g), grad_pixels, strict=False):
             image_sums[n, channels] += unpadded(part, g.height, g.width)
         if share is not None:
@@ -96,8 +97,9 @@ def _arithmetic(array: np.ndarray) -> type:
     return np.float64 if array.dtype == np.float64 else np.float32
 
 
-def _blocks(g: Geometry, dtype: type) -> list[tuple[int, slice]]:
-    return blocks(g.out_pixels, g.batch, g.taps * g.channels * np.dtype(dtype).itemsize)
+def _in_blocks(g: Geometry, dtype: type, work: Callable[[tuple[int, slice]], Any]) -> Iterable[Any]:
+    columns = g.taps * g.channels * np.dtype(dtype).itemsize  # of one output pixel, in bytes
+    return ordered(work, blocks(g.out_pixels, g.batch, columns), g.batch * g.out_pixels * columns)
 
 
 def _offset_groups(g: Geometry) -> list[tuple[int, slice]]:
