@@ -84,9 +84,7 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return op.gradients(*run_backward(tuple(op.canonical(**attributes).items()), grad_output, *tensors))
 
     backward.__name__ = backward.__qualname__ = f"{op.name}_backward"
-    backward.__doc__ = (
-        f"The gradients of `sum(grad_output * {op.name}(...))`; None for a tensor that is None."
-    )
+    backward.__doc__ = f"The gradients of `sum(grad_output * {op.name}(...))`; None for a tensor that is None."
     backward.__signature__ = _backward_signature(op)  # type: ignore[attr-defined]
     return forward, backward
 
@@ -107,9 +105,7 @@ def _by_position(
 def _backward_signature(op: Op) -> inspect.Signature:
     signature = inspect.signature(op.function)
     grad_output = inspect.Parameter("grad_output", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="Any")
-    return inspect.Signature(
-        [grad_output, *signature.parameters.values()], return_annotation=op.gradients.__name__
-    )
+    return inspect.Signature([grad_output, *signature.parameters.values()], return_annotation=op.gradients.__name__)
 
 
 def _call(name: str, attributes: Attributes, tensors: Sequence[Any], outputs: Sequence[Any]) -> Sequence[Any]:

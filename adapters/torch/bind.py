@@ -70,23 +70,17 @@ def _by_position(
 def _backward_signature(op: Op) -> inspect.Signature:
     signature = inspect.signature(op.function)
     grad_output = inspect.Parameter("grad_output", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="Any")
-    return inspect.Signature(
-        [grad_output, *signature.parameters.values()], return_annotation=op.gradients.__name__
-    )
+    return inspect.Signature([grad_output, *signature.parameters.values()], return_annotation=op.gradients.__name__)
 
 
 def _autocast(names: dict[str, bool], fine: Sequence[str], tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """The tensors as torch's convolutions take them under autocast; `fine` ones keep their float32."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or any(
-        t is not None and t.dtype == torch.float64 for t in tensors
-    ):
+    if not torch.is_autocast_enabled(device) or any(t is not None and t.dtype == torch.float64 for t in tensors):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
-        t
-        if t is None or not t.is_floating_point() or (n in fine and t.dtype == torch.float32)
-        else t.to(dtype)
+        t if t is None or not t.is_floating_point() or (n in fine and t.dtype == torch.float32) else t.to(dtype)
         for n, t in zip(names, tensors, strict=True)
     )
 
@@ -122,9 +116,7 @@ def _define(op: Op) -> None:
         plan = planned(plan, tensors, arguments[count + 1 : -1])
         op.check_grad_output(plan, grad_output)
         wanted = [t if need else None for t, need in zip(tensors, arguments[-1], strict=True)]
-        return plan, [
-            None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted
-        ]
+        return plan, [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
 
     def forward(*arguments: Any) -> Any:
         plan, out = empty(op.planned, arguments)

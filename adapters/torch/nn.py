@@ -57,9 +57,7 @@ class DeformConv2d(torch.nn.Module):
             bound = 1 / math.sqrt(self.weight[0].numel())
             torch.nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(
-        self, input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         return self._convolve(input, offset, mask)
 
     def _convolve(self, input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor | None) -> Any:
