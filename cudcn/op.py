@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -28,12 +28,40 @@ def _dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def by_position(
+    name: str,
+    names: Mapping[str, bool],
+    attribute_names: Collection[str],
+    frameworks: Sequence[str],
+    tensors: tuple[Any, ...],
+    keywords: dict[str, Any],
+) -> tuple[Any, ...]:
+    """An adapter's tensors in order, those given by name taken out of `keywords`. torch.compile traces this."""
+    if len(tensors) > len(names):
+        raise TypeError(f"{name}: takes {len(names)} tensors by position, got {len(tensors)}")
+    tensors += tuple(keywords.pop(n, None) for n in list(names)[len(tensors) :])
+    for keyword in keywords:
+        if keyword not in attribute_names:
+            raise TypeError(f"{name}: got {keyword!r}, which is no attribute, or a tensor given twice")
+    framework = dispatch.framework(name, names, tensors)
+    if framework not in frameworks:
+        raise TypeError(f"{name}: cudcn.{frameworks[0]} takes tensors of {frameworks[0]}, got {framework}")
+    return tensors
+
+
+def spread(flags: Sequence[bool], arrays: Iterable[Any]) -> list[Any]:
+    """The arrays at the places that are flagged, None at the others."""
+    rest = iter(arrays)
+    return [next(rest) if flag else None for flag in flags]
+
+
 @dataclass(frozen=True)
 class Op:
     """A pair of raw functions and the rules around it.
 
-    `function` is the public function: its positional parameters name the tensors, its keyword-only ones the
-    attributes, and their annotations the types (`Pair` and `Padding` are tuples of ints once canonical).
+    `function` and `backward_function` are the public pair. The first one's positional parameters name the tensors,
+    its keyword-only ones the attributes, and their annotations the types (`Pair` and `Padding` are tuples of ints
+    once canonical).
     `canonical(**attributes)` brings the attributes to flat tuples and plain numbers, or raises.
     `plan(specs, **canonical)` checks the tensors and returns the operator's geometry, whose `output` is a Spec.
     `cpu` and `cuda` are the modules that compute: `forward(plan, out, *tensors)` fills `out`, and
@@ -42,6 +70,7 @@ class Op:
     """
 
     function: Callable[..., Any]
+    backward_function: Callable[..., Any]
     gradients: type  # a NamedTuple with one field per tensor
     canonical: Callable[..., dict[str, Any]]
     plan: Callable[..., Any]
@@ -58,6 +87,10 @@ class Op:
         """Each tensor's name, and whether it can be left out."""
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default is None for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+
+    @functools.cached_property
+    def backward_tensors(self) -> dict[str, bool]:
+        return {"grad_output": False, **self.tensors}
 
     @functools.cached_property
     def attributes(self) -> dict[str, str]:
@@ -83,8 +116,7 @@ class Op:
 
     def backward_of(self, grad_output: Any, *tensors: Any, **attributes: Any) -> Any:
         """The gradients of all tensors, on tensors of any framework."""
-        names = {"grad_output": False, **self.tensors}
-        framework = dispatch.framework(f"{self.name}_backward", names, (grad_output, *tensors))
+        framework = dispatch.framework(f"{self.name}_backward", self.backward_tensors, (grad_output, *tensors))
         if adapter := dispatch.adapter(framework):
             return getattr(adapter, f"{self.name}_backward")(grad_output, *tensors, **attributes)
         grad_output, *arrays = [dispatch.array(self.name, t) for t in (grad_output, *tensors)]

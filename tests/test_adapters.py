@@ -280,7 +280,7 @@ def test_torch_refusals() -> None:
         cudcn.torch.deform_conv2d(given[0].to("meta"), *given[1:], **ATTRIBUTES)
     with pytest.raises(TypeError, match="all tensors must be of one framework, got input: numpy, offset: torch"):
         cudcn.torch.deform_conv2d(arrays()[0], *given[1:], **ATTRIBUTES)
-    with pytest.raises(TypeError, match=r"cudcn\.torch takes torch tensors, got numpy"):
+    with pytest.raises(TypeError, match=r"cudcn\.torch takes tensors of torch, got numpy"):
         cudcn.torch.deform_conv2d(*arrays(), **ATTRIBUTES)
     with pytest.raises(TypeError, match="weight is required"):
         cudcn.torch.deform_conv2d(*given[:2])
@@ -462,7 +462,7 @@ def test_jax_refusals() -> None:
         jax.grad(lambda x: jax.grad(total)(x, *given[1:]).sum())(given[0])
     with pytest.raises(TypeError, match="all tensors must be of one framework"):
         convolve(np.asarray(given[0]), *given[1:])
-    with pytest.raises(TypeError, match=r"cudcn\.jax takes JAX arrays, got torch"):
+    with pytest.raises(TypeError, match=r"cudcn\.jax takes tensors of jax, got torch"):
         cudcn.jax.deform_conv2d(*tensors(), **ATTRIBUTES)
     with pytest.raises(ValueError, match="grad_output must have the output's shape and dtype"):
         cudcn.jax.deform_conv2d_backward(jnp.ones(3), *given, **ATTRIBUTES)

@@ -11,7 +11,6 @@ import ast
 import contextlib
 import ctypes
 import functools
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -28,16 +27,15 @@ except ImportError as error:
         f'cudcn.jax needs JAX and jax-tvm-ffi, install them with pip install "cudcn[jax]" ({error})'
     ) from error
 
-from .. import dispatch
-from ..op import Op, spec
+from ..op import Op, by_position, spec, spread
 
+_FRAMEWORKS = ("jax", "numpy")  # jit takes NumPy's arrays too, and jax.test_util.check_grads passes them
 Attributes = tuple[tuple[str, Any], ...]  # canonical ones, as JAX wants static arguments: hashable
 
 
 def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The operator's public pair on JAX arrays."""
     _register(op)
-    names = op.tensors
 
     # jit: else every call outside of a user's jit would be traced anew
     @functools.partial(jax.jit, static_argnums=0)
@@ -66,7 +64,7 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         op.check_grad_output(plan, grad_output)
         outputs = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in tensors if t is not None]
         grads = _call(f"{op.name}_backward", attributes, (grad_output, *tensors), outputs)
-        return tuple(_spread([t is not None for t in tensors], grads))
+        return tuple(spread([t is not None for t in tensors], grads))
 
     @run_backward.__wrapped__.defjvp
     def refuse(*_: Any) -> Any:
@@ -74,38 +72,17 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     @functools.wraps(op.function)
     def forward(*tensors: Any, **attributes: Any) -> Any:
-        tensors = _by_position(op.name, names, tensors, attributes)
+        tensors = by_position(op.name, op.tensors, op.attributes, _FRAMEWORKS, tensors, attributes)
         return run(tuple(op.canonical(**attributes).items()), *tensors)
 
+    @functools.wraps(op.backward_function)
     def backward(*tensors: Any, **attributes: Any) -> Any:
-        grad_output, *tensors = _by_position(
-            f"{op.name}_backward", {"grad_output": False, **names}, tensors, attributes
+        grad_output, *tensors = by_position(
+            f"{op.name}_backward", op.backward_tensors, op.attributes, _FRAMEWORKS, tensors, attributes
         )
         return op.gradients(*run_backward(tuple(op.canonical(**attributes).items()), grad_output, *tensors))
 
-    backward.__name__ = backward.__qualname__ = f"{op.name}_backward"
-    backward.__doc__ = f"The gradients of `sum(grad_output * {op.name}(...))`; None for a tensor that is None."
-    backward.__signature__ = _backward_signature(op)  # type: ignore[attr-defined]
     return forward, backward
-
-
-def _by_position(
-    name: str, names: dict[str, bool], tensors: tuple[Any, ...], attributes: dict[str, Any]
-) -> tuple[Any, ...]:
-    """All tensors, those given by name taken out of `attributes`."""
-    if len(tensors) > len(names):
-        raise TypeError(f"{name}: takes {len(names)} tensors by position, got {len(tensors)}")
-    tensors += tuple(attributes.pop(n, None) for n in list(names)[len(tensors) :])
-    framework = dispatch.framework(name, names, tensors)
-    if framework not in ("jax", "numpy"):  # which jit takes too, and which jax.test_util.check_grads passes
-        raise TypeError(f"{name}: cudcn.jax takes JAX arrays, got {framework}")
-    return tensors
-
-
-def _backward_signature(op: Op) -> inspect.Signature:
-    signature = inspect.signature(op.function)
-    grad_output = inspect.Parameter("grad_output", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="Any")
-    return inspect.Signature([grad_output, *signature.parameters.values()], return_annotation=op.gradients.__name__)
 
 
 def _call(name: str, attributes: Attributes, tensors: Sequence[Any], outputs: Sequence[Any]) -> Sequence[Any]:
@@ -131,15 +108,15 @@ def _register(op: Op) -> None:
         attributes, given = _parsed(tuple(call))
         with _device(buffers[0].device, stream):
             *arrays, out = map(_view, buffers)
-            tensors = _spread(given, arrays)
+            tensors = spread(given, arrays)
             op.forward(op.planned(tuple(map(spec, tensors)), **attributes), out, *tensors)
 
     def backward(call: Sequence[int], stream: int, *buffers: Any) -> None:
         attributes, given = _parsed(tuple(call))
         with _device(buffers[0].device, stream):
             arrays = [_view(buffer) for buffer in buffers]
-            grad_output, *tensors = _spread(given, arrays)
-            grads = _spread(given[1:], arrays[sum(given) :])
+            grad_output, *tensors = spread(given, arrays)
+            grads = spread(given[1:], arrays[sum(given) :])
             op.backward(op.planned(tuple(map(spec, tensors)), **attributes), grads, grad_output, *tensors)
 
     for platform in "cpu", "gpu":  # which asks for no GPU
@@ -147,12 +124,6 @@ def _register(op: Op) -> None:
             jax_tvm_ffi.register_ffi_target(
                 f"cudcn.{name}", function, ["attrs.call", "ctx.stream", "args", "rets"], platform=platform
             )
-
-
-def _spread(flags: Sequence[bool], arrays: Sequence[Any]) -> list[Any]:
-    """The arrays at the places that are flagged, None at the others."""
-    rest = iter(arrays)
-    return [next(rest) if flag else None for flag in flags]
 
 
 @contextlib.contextmanager

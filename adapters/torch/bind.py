@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +16,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from .. import dispatch
-from ..op import Op, spec
+from ..op import Op, by_position, spec, spread
 
 _LIBRARY = torch.library.Library("cudcn", "FRAGMENT")  # what it defines lives as long as this object
 _SCHEMA_TYPES = {
@@ -36,41 +34,21 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     run = getattr(torch.ops.cudcn, op.name).default
     run_backward = getattr(torch.ops.cudcn, f"{op.name}_backward").default
     # what the functions below need is looked up here: torch.compile traces them
-    name, names, fine, canonical, gradients = op.name, op.tensors, op.fine, op.canonical, op.gradients
+    names, backward_names, attribute_names = op.tensors, op.backward_tensors, op.attributes
+    name, fine, canonical, gradients = op.name, op.fine, op.canonical, op.gradients
 
     @functools.wraps(op.function)
     def forward(*tensors: Any, **attributes: Any) -> Any:
-        tensors = _by_position(name, names, tensors, attributes)
+        tensors = by_position(name, names, attribute_names, ("torch",), tensors, attributes)
         return run(*_autocast(names, fine, tensors), *canonical(**attributes).values())
 
+    @functools.wraps(op.backward_function)
     def backward(*tensors: Any, **attributes: Any) -> Any:
-        tensors = _by_position(f"{name}_backward", {"grad_output": False, **names}, tensors, attributes)
+        tensors = by_position(f"{name}_backward", backward_names, attribute_names, ("torch",), tensors, attributes)
         needs = [tensor is not None for tensor in tensors[1:]]
-        return gradients(*_spread(needs, run_backward(*tensors, *canonical(**attributes).values(), needs)))
+        return gradients(*spread(needs, run_backward(*tensors, *canonical(**attributes).values(), needs)))
 
-    backward.__name__ = backward.__qualname__ = f"{name}_backward"
-    backward.__doc__ = f"The gradients of `sum(grad_output * {name}(...))`; None for a tensor that is None."
-    backward.__signature__ = _backward_signature(op)  # type: ignore[attr-defined]
     return forward, backward
-
-
-def _by_position(
-    name: str, names: dict[str, bool], tensors: tuple[Any, ...], attributes: dict[str, Any]
-) -> tuple[Any, ...]:
-    """All tensors, those given by name taken out of `attributes`; torch.compile can trace this."""
-    if len(tensors) > len(names):
-        raise TypeError(f"{name}: takes {len(names)} tensors by position, got {len(tensors)}")
-    tensors += tuple(attributes.pop(n, None) for n in list(names)[len(tensors) :])
-    framework = dispatch.framework(name, names, tensors)
-    if framework != "torch":
-        raise TypeError(f"{name}: cudcn.torch takes torch tensors, got {framework}")
-    return tensors
-
-
-def _backward_signature(op: Op) -> inspect.Signature:
-    signature = inspect.signature(op.function)
-    grad_output = inspect.Parameter("grad_output", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="Any")
-    return inspect.Signature([grad_output, *signature.parameters.values()], return_annotation=op.gradients.__name__)
 
 
 def _autocast(names: dict[str, bool], fine: Sequence[str], tensors: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -83,12 +61,6 @@ def _autocast(names: dict[str, bool], fine: Sequence[str], tensors: tuple[Any, .
         t if t is None or not t.is_floating_point() or (n in fine and t.dtype == torch.float32) else t.to(dtype)
         for n, t in zip(names, tensors, strict=True)
     )
-
-
-def _spread(needs: Sequence[bool], grads: Sequence[Any]) -> list[Any]:
-    """The wanted gradients at their tensors' places, None at the others."""
-    rest = iter(grads)
-    return [next(rest) if need else None for need in needs]
 
 
 def _define(op: Op) -> None:
@@ -145,7 +117,7 @@ def _define(op: Op) -> None:
         needs = list(ctx.needs_input_grad[:count])
         run = getattr(torch.ops.cudcn, f"{op.name}_backward").default
         grads = run(grad_output, *ctx.saved_tensors, *ctx.attributes, needs)
-        return *_spread(needs, grads), *(None for _ in ctx.attributes)
+        return *spread(needs, grads), *(None for _ in ctx.attributes)
 
     def refuse(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"{op.name}: the second derivative is not implemented")

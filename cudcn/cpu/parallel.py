@@ -85,7 +85,7 @@ def single_threaded_blas() -> Iterator[None]:
 
 
 def blocks(pixels: int, images: int, bytes_per_pixel: int, most: int = 8 << 20) -> list[tuple[int, slice]]:
-    """(image, slice of its pixels) for each piece of work: enough for all threads if worth it, of `most` bytes at most."""
+    """(image, slice of its pixels) of each piece of work, `most` bytes or less; enough for all threads if worth it."""
     size = pixels * bytes_per_pixel
     per_image = max(min(-(-threads() // images), 1 + size // _WORTH_A_THREAD), -(-size // most))
     step = max(1, -(-pixels // per_image))

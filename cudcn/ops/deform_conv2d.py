@@ -220,4 +220,13 @@ def _nchw(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     return tuple(shape[layout.index(axis)] for axis in "NCHW")
 
 
-OP = Op(deform_conv2d, DeformConv2dGradients, _canonical, _plan, cpu, cuda, fine=("offset", "mask"))
+OP = Op(
+    deform_conv2d,
+    deform_conv2d_backward,
+    DeformConv2dGradients,
+    _canonical,
+    _plan,
+    cpu,
+    cuda,
+    fine=("offset", "mask"),
+)
