@@ -14,7 +14,7 @@ test: $(VENV)/test
 
 # On a machine with a CUDA device, in the environment that is there: nothing is installed.
 gpu:
-	$(PYTHON) -m pytest -m gpu
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -m gpu
 	$(PYTHON) benchmarks/gpu.py
 
 lint: $(VENV)/dev

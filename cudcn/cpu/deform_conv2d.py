@@ -116,12 +116,12 @@ def _taps(g: Geometry, image: np.ndarray, group: int, parts: int) -> np.ndarray:
 
 def _sampler(g: Geometry, offset: np.ndarray, part: slice, group: int, dtype: type) -> Sampler:
     """Samples at (Q, K): each output pixel's taps."""
-    row, column = np.divmod(np.arange(part.start, part.stop), g.out_width)
-    i, j = np.divmod(np.arange(g.taps), g.kernel[1])
+    pixel = np.stack(np.divmod(np.arange(part.start, part.stop), g.out_width))
+    tap = np.stack(np.divmod(np.arange(g.taps), g.kernel[1]))
+    stride, padding, dilation = (np.array(pair)[:, None] for pair in (g.stride, g.padding, g.dilation))
+    origin = (pixel * stride - padding).astype(dtype)[:, :, None] + (tap * dilation).astype(dtype)[:, None]
     shift: np.ndarray = _taps(g, offset, group, 2)[:, :, part].astype(dtype, copy=False)
-    y = np.add.outer((row * g.stride[0] - g.padding[0]).astype(dtype), (i * g.dilation[0]).astype(dtype))
-    x = np.add.outer((column * g.stride[1] - g.padding[1]).astype(dtype), (j * g.dilation[1]).astype(dtype))
-    return Sampler(y + shift[:, 0].T, x + shift[:, 1].T, g.height, g.width)
+    return Sampler(origin + shift.transpose(1, 2, 0), g.height, g.width)
 
 
 def _modulation(g: Geometry, mask: Any, n: int, part: slice, group: int) -> Any:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 from scipy.sparse import csr_array
 
-# one row and column of zeros before the image and one after, and one more row for samples that are nowhere near
-_BORDER_ROWS, _BORDER_COLUMNS = 3, 2
+# a row and a column of zeros before the image and as many after; then one more of each, for a sample at (height, width),
+# where all that lie nowhere near the image are put
+_BORDER_ROWS, _BORDER_COLUMNS = 3, 3
 
 
 def padded(image: np.ndarray, dtype: type) -> np.ndarray:
@@ -29,26 +30,26 @@ def unpadded(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 class Sampler:
-    """The sampling operator at positions `y` and `x` (any shape, in pixels) of an image (height, width).
+    """The sampling operator at `places` (2, ...), y and x in pixels, of an image (height, width).
 
-    `value() @ pixels` has one row per position, in C order; so have the slopes along y and x.
+    `value() @ pixels` has one row per place, in C order; so have the slopes along y and x.
     """
 
-    def __init__(self, y: np.ndarray, x: np.ndarray, height: int, width: int) -> None:
+    def __init__(self, places: np.ndarray, height: int, width: int) -> None:
         # at exactly -1 the value is 0 but the slope is that of the cell [-1, 0]; NaN fails every comparison
-        inside = (y >= -1) & (y < height) & (x >= -1) & (x < width)
-        y = np.where(inside, y, y.dtype.type(height))
-        x = np.where(inside, x, x.dtype.type(0))
-        top, left = np.floor(y), np.floor(x)
-        self._y, self._x = (y - top).ravel(), (x - left).ravel()
+        size = np.array([height, width], places.dtype).reshape(2, *(1,) * (places.ndim - 1))
+        inside = np.logical_and(*((places >= -1) & (places < size)))
+        places = np.where(inside, places, size)  # beyond the last row all is border
+        first = np.floor(places)
+        self._y, self._x = (places - first).reshape(2, -1)
 
         columns = width + _BORDER_COLUMNS
         self._pixels = (height + _BORDER_ROWS) * columns
-        index = np.int32 if self._pixels < 2**31 and 4 * y.size < 2**31 else np.int64
-        first = (top.astype(index) + 1) * index(columns) + (left.astype(index) + 1)
-        corners = np.array([0, 1, columns, columns + 1], index)
-        self._indices = (first.reshape(-1, 1) + corners).ravel()
-        self._rows = np.arange(0, 4 * y.size + 1, 4, dtype=index)
+        index = np.int32 if self._pixels < 2**31 and 4 * self._y.size < 2**31 else np.int64
+        top, left = first.astype(index)
+        corner = ((top + 1) * index(columns) + left + 1).reshape(-1, 1)
+        self._indices = (corner + np.array([0, 1, columns, columns + 1], index)).ravel()
+        self._rows = np.arange(0, 4 * self._y.size + 1, 4, dtype=index)
 
     def _matrix(self, *weights: np.ndarray) -> csr_array:
         """The operator with these weights at the corners top left, top right, bottom left, bottom right."""
