@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.sparse import csr_array
 
-# a row and a column of zeros before the image and as many after; then one more of each, for a sample at (height, width),
-# where all that lie nowhere near the image are put
+# a row and a column of zeros before the image and as many after; then one more of each, for a sample at
+# (height, width), where all that lie nowhere near the image are put
 _BORDER_ROWS, _BORDER_COLUMNS = 3, 3
 
 
