@@ -12,20 +12,20 @@ from scipy.sparse import csr_array
 
 # a row and a column of zeros before the image and as many after; then one more of each, for a sample at
 # (height, width), where all that lie nowhere near the image are put
-_BORDER_ROWS, _BORDER_COLUMNS = 3, 3
+_BORDER = 3
 
 
 def padded(image: np.ndarray, dtype: type) -> np.ndarray:
     """(pixels, C) of an image (C, H, W) with its border."""
     channels, height, width = image.shape
-    pixels = np.zeros((height + _BORDER_ROWS, width + _BORDER_COLUMNS, channels), dtype)
+    pixels = np.zeros((height + _BORDER, width + _BORDER, channels), dtype)
     pixels[1 : height + 1, 1 : width + 1] = image.transpose(1, 2, 0)
     return pixels.reshape(-1, channels)
 
 
 def unpadded(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """The image (C, H, W) inside (pixels, C)."""
-    grid = pixels.reshape(height + _BORDER_ROWS, width + _BORDER_COLUMNS, -1)
+    grid = pixels.reshape(height + _BORDER, width + _BORDER, -1)
     return grid[1 : height + 1, 1 : width + 1].transpose(2, 0, 1)
 
 
@@ -43,8 +43,8 @@ class Sampler:
         first = np.floor(places)
         self._y, self._x = (places - first).reshape(2, -1)
 
-        columns = width + _BORDER_COLUMNS
-        self._pixels = (height + _BORDER_ROWS) * columns
+        columns = width + _BORDER
+        self._pixels = (height + _BORDER) * columns
         index = np.int32 if self._pixels < 2**31 and 4 * self._y.size < 2**31 else np.int64
         top, left = first.astype(index)
         corner = ((top + 1) * index(columns) + left + 1).reshape(-1, 1)
