@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -292,3 +294,10 @@ def test_functions_introduce_themselves() -> None:
 
 def test_tensors_by_name() -> None:
     check_tensors_by_name(cudcn.torch, tensors())
+
+
+def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    monkeypatch.delitem(sys.modules, "cudcn.torch.bind")
+    with pytest.raises(ImportError, match=r'pip install "cudcn\[torch\]"'):
+        importlib.import_module("cudcn.torch.bind")

@@ -12,9 +12,13 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
+
+try:
+    import ml_dtypes
+except ImportError as error:
+    raise ImportError(f'cudcn.torch needs ml_dtypes, install it with pip install "cudcn[torch]" ({error})') from error
 
 from ..op import Op, by_position, spec, spread
 
