@@ -6,12 +6,19 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 Pair = int | Sequence[int]  # one number, or (h, w)
 Padding = int | Sequence[int] | Sequence[Sequence[int]]  # one number, (h, w), or ((top, bottom), (left, right))
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 HALVES = ("float16", "bfloat16")
 LARGEST = 2**31 - 1
+
+
+def arithmetic(array: Any) -> type:
+    """The type of positions and sums for an array's dtype: `arithmetic_t` of bilinear.cuh."""
+    return np.float64 if array.dtype == np.float64 else np.float32
 
 
 def integer(op: str, name: str, value: Any, least: int) -> int:

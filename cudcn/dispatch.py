@@ -68,13 +68,13 @@ def _place(tensor: Any) -> str | None:
     return {_CPU: "cpu", _CUDA: f"cuda:{index}"}.get(int(kind), f"DLPack device type {int(kind)}")
 
 
-def adapter(framework: str) -> ModuleType | None:
-    """The module that carries a differentiable framework's tensors; None for raw arrays."""
-    if framework == "torch":
+def adapter(tensor: Any) -> ModuleType | None:
+    """The module that carries a differentiable framework's tensors, and checks them; None for raw arrays."""
+    if _is(tensor, "torch", "Tensor"):
         import cudcn.torch
 
         return cudcn.torch
-    if framework == "jax":
+    if _is(tensor, "jax", "Array"):
         import cudcn.jax
 
         return cudcn.jax

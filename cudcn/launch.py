@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .check import arithmetic
+
 SOURCES = Path(__file__).resolve().parent / "kernels_cu"
 if not SOURCES.is_dir():  # an editable install, or a checkout
     SOURCES = Path(__file__).resolve().parent.parent / "kernels_cu"
@@ -34,11 +36,6 @@ class Kernel(NamedTuple):
 
 def ctype(array: Any) -> str:
     return CTYPES[str(array.dtype)]
-
-
-def accumulator(xp: Any, array: Any) -> Any:
-    """The type of positions and sums, as arithmetic_t in bilinear.cuh."""
-    return xp.float64 if array.dtype == xp.float64 else xp.float32
 
 
 def strides(array: Any) -> np.ndarray:
@@ -98,7 +95,7 @@ class _Emulated:
 
     def matmul(self, a: Any, b: Any, out: Any = None) -> Any:
         """As cuBLAS does it: half types multiplied and summed in float32, then rounded once."""
-        wide = np.matmul(a.astype(accumulator(np, a)), b.astype(accumulator(np, b)))
+        wide = np.matmul(a.astype(arithmetic(a)), b.astype(arithmetic(b)))
         if out is None:
             return wide.astype(a.dtype)
         out[...] = wide

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,8 +51,6 @@ def compile_kernels(source: Path, expressions: Sequence[str], architecture: str)
 
 def _cuda_headers() -> Path:
     """The include folder with cuda_fp16.h: of the nvidia-cuda-runtime wheel, or of an installed CUDA."""
-    import os
-
     import nvidia
 
     folders = [folder for root in nvidia.__path__ for folder in Path(root).glob("*/include")]

@@ -105,9 +105,9 @@ class Op:
 
     def __call__(self, *tensors: Any, **attributes: Any) -> Any:
         """Run the operator on tensors of any framework."""
-        framework = dispatch.framework(self.name, self.tensors, tensors)
-        if adapter := dispatch.adapter(framework):
+        if adapter := dispatch.adapter(tensors[0]):
             return getattr(adapter, self.name)(*tensors, **attributes)
+        dispatch.framework(self.name, self.tensors, tensors)
         arrays = [dispatch.array(self.name, t) for t in tensors]
         plan = self.planned(tuple(map(spec, arrays)), **self.canonical(**attributes))
         out = dispatch.empty_like(arrays[0], plan.output.shape)
@@ -116,9 +116,9 @@ class Op:
 
     def backward_of(self, grad_output: Any, *tensors: Any, **attributes: Any) -> Any:
         """The gradients of all tensors, on tensors of any framework."""
-        framework = dispatch.framework(f"{self.name}_backward", self.backward_tensors, (grad_output, *tensors))
-        if adapter := dispatch.adapter(framework):
+        if adapter := dispatch.adapter(grad_output):
             return getattr(adapter, f"{self.name}_backward")(grad_output, *tensors, **attributes)
+        dispatch.framework(f"{self.name}_backward", self.backward_tensors, (grad_output, *tensors))
         grad_output, *arrays = [dispatch.array(self.name, t) for t in (grad_output, *tensors)]
         plan = self.planned(tuple(map(spec, arrays)), **self.canonical(**attributes))
         self.check_grad_output(plan, grad_output)

@@ -6,21 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
+from emulator_cases import BFLOAT16, BUILDS, INCLUDE, KERNELS, KERNELS_CU, ORDERS
 from test_emulator_bugs import BUG_NUMBERS, BUGS, mma_gemm, run_bug, tiled_gemm
 
 from cudcn import emulator
 from cudcn.emulator import BuildError, EmulatorError
-
-KERNELS = Path(__file__).parent / "kernels"
-KERNELS_CU = Path(__file__).parent.parent / "kernels_cu"
-INCLUDE = (KERNELS_CU,)
-
-BUILDS = ("fast", "check")
-ORDERS = ("forward", "reverse", "random")
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 

@@ -3,23 +3,13 @@
 import hashlib
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
+from emulator_cases import BFLOAT16, BUILDS, INCLUDE, KERNELS, KERNELS_CU, ORDERS, PREFIX
 
 from cudcn import emulator
-
-KERNELS = Path(__file__).parent / "kernels"
-KERNELS_CU = Path(__file__).parent.parent / "kernels_cu"
-INCLUDE = (KERNELS_CU,)
-
-BUILDS = ("fast", "check")
-ORDERS = ("forward", "reverse", "random")
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-PREFIX = {np.dtype(np.float16): "__half", BFLOAT16: "__nv_bfloat16"}
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..check import arithmetic
 from .parallel import blocks, ordered
 from .sampling import Sampler, padded, unpadded
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def forward(g: Geometry, out: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> None:
     out, input, offset, mask = g.nchw(out, input, offset, mask)
-    dtype = _arithmetic(input)
+    dtype = arithmetic(input)
     matrix = _matrix(g, weight, dtype)
 
     def convolve(block: tuple[int, slice]) -> None:
@@ -44,7 +45,7 @@ def backward(
     grad_input, grad_offset, grad_weight, grad_bias, grad_mask = grads
     grad_input, grad_offset, grad_mask = g.nchw(grad_input, grad_offset, grad_mask)
     grad_output, input, offset, mask = g.nchw(grad_output, input, offset, mask)
-    dtype = _arithmetic(input)
+    dtype = arithmetic(input)
     matrix = _matrix(g, weight, dtype)
 
     def differentiate(block: tuple[int, slice]) -> tuple[int, list[Any], Any]:
@@ -90,11 +91,6 @@ def backward(
         grad_weight[...] = by_tap.transpose(0, 2, 1).reshape(grad_weight.shape)
     if grad_bias is not None:
         grad_bias[...] = grad_output.astype(dtype).sum(axis=(0, 2, 3))
-
-
-def _arithmetic(array: np.ndarray) -> type:
-    """The type of positions and sums."""
-    return np.float64 if array.dtype == np.float64 else np.float32
 
 
 def _in_blocks(g: Geometry, dtype: type, work: Callable[[tuple[int, slice]], Any]) -> Iterable[Any]:

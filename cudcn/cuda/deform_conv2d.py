@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import launch
-from ..launch import CTYPES, Kernel, accumulator, ctype, strides
+from ..check import arithmetic
+from ..launch import CTYPES, Kernel, ctype, strides
 
 if TYPE_CHECKING:
     from ..ops.deform_conv2d import Geometry
@@ -59,7 +60,7 @@ def backward(
     grad_output, input, offset, mask = g.nchw(grad_output, input, offset, mask)
     with launch.device(grad_output) as device:
         xp = device.xp
-        sums = accumulator(xp, input)
+        sums = arithmetic(input)
         columns = _Columns(g, device, input, offset, mask)
         matrix = columns.weights(weight)
         if grad_weight is not None:
@@ -99,7 +100,7 @@ class _Columns:
         self.buffer: Any = None
 
     def chunks(self, scratch: int) -> list[slice]:
-        """Slices of the batch whose columns, and `scratch` more bytes an image, fit the workspace."""
+        """Slices of the batch whose columns, and `scratch` more bytes an image, fit the workspace; makes the buffer."""
         g = self.g
         per_image = g.channels * g.taps * g.out_pixels * self.input.itemsize + scratch
         images = max(1, min(g.batch, launch.WORKSPACE // per_image, launch.LARGEST_GRID // g.out_pixels))
@@ -127,7 +128,7 @@ class _Columns:
         self._launch("sample", images, _SLAB, input, strides(input), *self._samples(images), whole)
         return operand
 
-    def gradient(self, images: slice, matrix: Any, grad_product: Any) -> tuple[Any, Any]:
+    def gradient(self, images: slice, matrix: Any, grad_product: Any) -> Any:
         whole, operand = self._views(images)
         for group in range(self.g.groups):
             if self.last:
@@ -148,7 +149,7 @@ class _Columns:
     def backward_input(self, images: slice, grad_columns: Any, grad_input: Any) -> None:
         xp = self.device.xp
         target = grad_input[images]
-        direct = target.dtype == accumulator(xp, target)
+        direct = target.dtype == arithmetic(target)
         if direct:
             target[...] = 0
             sums = target
