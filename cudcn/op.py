@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -31,18 +31,24 @@ def _dtype_name(dtype: Any) -> str:
 def by_position(
     name: str,
     names: Mapping[str, bool],
-    attribute_names: Collection[str],
+    attributes: Mapping[str, bool],
     frameworks: Sequence[str],
     tensors: tuple[Any, ...],
     keywords: dict[str, Any],
 ) -> tuple[Any, ...]:
-    """An adapter's tensors in order, those given by name taken out of `keywords`. torch.compile traces this."""
+    """An adapter's tensors in order, those given by name taken out of `keywords`. torch.compile traces this.
+
+    `names` and `attributes` say of each tensor and attribute whether it can be left out.
+    """
     if len(tensors) > len(names):
         raise TypeError(f"{name}: takes {len(names)} tensors by position, got {len(tensors)}")
     tensors += tuple(keywords.pop(n, None) for n in list(names)[len(tensors) :])
     for keyword in keywords:
-        if keyword not in attribute_names:
+        if keyword not in attributes:
             raise TypeError(f"{name}: got {keyword!r}, which is no attribute, or a tensor given twice")
+    for attribute, optional in attributes.items():
+        if not optional and attribute not in keywords:
+            raise TypeError(f"{name}: {attribute} is required")
     framework = dispatch.framework(name, names, tensors)
     if framework not in frameworks:
         raise TypeError(f"{name}: cudcn.{frameworks[0]} takes tensors of {frameworks[0]}, got {framework}")
@@ -66,7 +72,7 @@ class Op:
     `plan(specs, **canonical)` checks the tensors and returns the operator's geometry, whose `output` is a Spec.
     `cpu` and `cuda` are the modules that compute: `forward(plan, out, *tensors)` fills `out`, and
     `backward(plan, grads, grad_output, *tensors)` fills those `grads` that are not None.
-    `fine` names the tensors that may be float32 beside half-precision data.
+    `fine` names the tensors that may be float32 beside half-precision data, `constants` those without a gradient.
     """
 
     function: Callable[..., Any]
@@ -77,6 +83,7 @@ class Op:
     cpu: ModuleType
     cuda: ModuleType
     fine: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -97,6 +104,16 @@ class Op:
         """Each attribute's name and the name of its type."""
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    @functools.cached_property
+    def optional_attributes(self) -> dict[str, bool]:
+        """Each attribute's name, and whether it can be left out."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default is not p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def differentiable(self, tensors: Sequence[Any]) -> list[bool]:
+        """Of which tensors there is a gradient."""
+        return [t is not None and name not in self.constants for name, t in zip(self.tensors, tensors, strict=True)]
 
     @functools.cached_property
     def planned(self) -> Callable[..., Any]:
@@ -122,7 +139,8 @@ class Op:
         grad_output, *arrays = [dispatch.array(self.name, t) for t in (grad_output, *tensors)]
         plan = self.planned(tuple(map(spec, arrays)), **self.canonical(**attributes))
         self.check_grad_output(plan, grad_output)
-        grads = [None if a is None else dispatch.empty_like(a, a.shape) for a in arrays]
+        wanted = zip(arrays, self.differentiable(arrays), strict=True)
+        grads = [dispatch.empty_like(a, a.shape) if want else None for a, want in wanted]
         self.backward(plan, grads, grad_output, *arrays)
         return self.gradients(*grads)
 

@@ -55,16 +55,16 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     @functools.partial(jax.jit, static_argnums=0)
     @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
     def run_backward(attributes: Attributes, grad_output: Any, *tensors: Any) -> Any:
-        """One gradient per tensor, None where that is None.
+        """One gradient per tensor, None for one that is None or has no gradient.
 
         All of them: the `perturbed` flags that a custom_vjp with symbolic zeros could hand to the backward pass
         are at times those of another trace (JAX 0.10, under vmap and cond), and gradients would be missing.
         """
         plan = op.planned(tuple(map(spec, tensors)), **dict(attributes))
         op.check_grad_output(plan, grad_output)
-        outputs = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in tensors if t is not None]
-        grads = _call(f"{op.name}_backward", attributes, (grad_output, *tensors), outputs)
-        return tuple(spread([t is not None for t in tensors], grads))
+        wanted = op.differentiable(tensors)
+        outputs = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t, want in zip(tensors, wanted, strict=True) if want]
+        return tuple(spread(wanted, _call(f"{op.name}_backward", attributes, (grad_output, *tensors), outputs)))
 
     @run_backward.__wrapped__.defjvp
     def refuse(*_: Any) -> Any:
@@ -72,13 +72,13 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     @functools.wraps(op.function)
     def forward(*tensors: Any, **attributes: Any) -> Any:
-        tensors = by_position(op.name, op.tensors, op.attributes, _FRAMEWORKS, tensors, attributes)
+        tensors = by_position(op.name, op.tensors, op.optional_attributes, _FRAMEWORKS, tensors, attributes)
         return run(tuple(op.canonical(**attributes).items()), *tensors)
 
     @functools.wraps(op.backward_function)
     def backward(*tensors: Any, **attributes: Any) -> Any:
         grad_output, *tensors = by_position(
-            f"{op.name}_backward", op.backward_tensors, op.attributes, _FRAMEWORKS, tensors, attributes
+            f"{op.name}_backward", op.backward_tensors, op.optional_attributes, _FRAMEWORKS, tensors, attributes
         )
         return op.gradients(*run_backward(tuple(op.canonical(**attributes).items()), grad_output, *tensors))
 
@@ -116,7 +116,7 @@ def _register(op: Op) -> None:
         with _device(buffers[0].device, stream):
             arrays = [_view(buffer) for buffer in buffers]
             grad_output, *tensors = spread(given, arrays)
-            grads = spread(given[1:], arrays[sum(given) :])
+            grads = spread(op.differentiable(tensors), arrays[sum(given) :])
             op.backward(op.planned(tuple(map(spec, tensors)), **attributes), grads, grad_output, *tensors)
 
     for platform in "cpu", "gpu":  # which asks for no GPU

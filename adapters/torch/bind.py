@@ -24,11 +24,13 @@ from ..op import Op, by_position, spec, spread
 
 _LIBRARY = torch.library.Library("cudcn", "FRAGMENT")  # what it defines lives as long as this object
 _SCHEMA_TYPES = {
-    "Pair": "int[]", "Padding": "int[]", "int": "int", "float": "float", "bool": "bool", "str": "str"
+    "Pair": "int[]", "Pair | None": "int[]", "Padding": "int[]",
+    "int": "int", "float": "float", "bool": "bool", "str": "str",
 }  # fmt: skip
 _DTYPES = {
     torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16,
     torch.float32: np.float32, torch.float64: np.float64,
+    torch.int32: np.int32, torch.int64: np.int64,
 }  # fmt: skip
 
 
@@ -38,8 +40,8 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     run = getattr(torch.ops.cudcn, op.name).default
     run_backward = getattr(torch.ops.cudcn, f"{op.name}_backward").default
     # what the functions below need is looked up here: torch.compile traces them
-    names, backward_names, attribute_names = op.tensors, op.backward_tensors, op.attributes
-    name, fine, canonical, gradients = op.name, op.fine, op.canonical, op.gradients
+    names, backward_names, attribute_names = op.tensors, op.backward_tensors, op.optional_attributes
+    name, fine, constants, canonical, gradients = op.name, op.fine, op.constants, op.canonical, op.gradients
 
     @functools.wraps(op.function)
     def forward(*tensors: Any, **attributes: Any) -> Any:
@@ -49,7 +51,7 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     @functools.wraps(op.backward_function)
     def backward(*tensors: Any, **attributes: Any) -> Any:
         tensors = by_position(f"{name}_backward", backward_names, attribute_names, ("torch",), tensors, attributes)
-        needs = [tensor is not None for tensor in tensors[1:]]
+        needs = [t is not None and n not in constants for n, t in zip(names, tensors[1:], strict=True)]
         return gradients(*spread(needs, run_backward(*tensors, *canonical(**attributes).values(), needs)))
 
     return forward, backward
@@ -118,7 +120,8 @@ def _define(op: Op) -> None:
         ctx.attributes = inputs[count:]
 
     def differentiate(ctx: Any, grad_output: Any) -> Any:
-        needs = list(ctx.needs_input_grad[:count])
+        given = zip(ctx.needs_input_grad, op.differentiable(ctx.saved_tensors), strict=False)
+        needs = [asked and possible for asked, possible in given]
         run = getattr(torch.ops.cudcn, f"{op.name}_backward").default
         grads = run(grad_output, *ctx.saved_tensors, *ctx.attributes, needs)
         return *spread(needs, grads), *(None for _ in ctx.attributes)

@@ -32,31 +32,32 @@ def unpadded(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 class Sampler:
     """The sampling operator at `places` (2, ...), y and x in pixels, of an image (height, width).
 
-    `value() @ pixels` has one row per place, in C order; so have the slopes along y and x.
+    `value() @ pixels` has one row per place, in C order; so have the slopes along y and x. With `first`, row r is the
+    sum over the places first[r] to first[r + 1].
     """
 
-    def __init__(self, places: np.ndarray, height: int, width: int) -> None:
+    def __init__(self, places: np.ndarray, height: int, width: int, first: np.ndarray | None = None) -> None:
         # at exactly -1 the value is 0 but the slope is that of the cell [-1, 0]; NaN fails every comparison
         size = np.array([height, width], places.dtype).reshape(2, *(1,) * (places.ndim - 1))
         inside = np.logical_and(*((places >= -1) & (places < size)))
         places = np.where(inside, places, size)  # beyond the last row all is border
-        first = np.floor(places)
-        self._y, self._x = (places - first).reshape(2, -1)
+        cell = np.floor(places)
+        self._y, self._x = (places - cell).reshape(2, -1)
 
         columns = width + _BORDER
         self._pixels = (height + _BORDER) * columns
         index = np.int32 if self._pixels < 2**31 and 4 * self._y.size < 2**31 else np.int64
-        top, left = first.astype(index)
+        top, left = cell.astype(index)
         corner = ((top + 1) * index(columns) + left + 1).reshape(-1, 1)
         self._indices = (corner + np.array([0, 1, columns, columns + 1], index)).ravel()
-        self._rows = np.arange(0, 4 * self._y.size + 1, 4, dtype=index)
+        self._rows = 4 * (np.arange(self._y.size + 1) if first is None else first).astype(index)
 
     def _matrix(self, *weights: np.ndarray) -> csr_array:
         """The operator with these weights at the corners top left, top right, bottom left, bottom right."""
         data = np.empty((self._y.size, 4), self._y.dtype)
         for corner, weight in enumerate(weights):
             data[:, corner] = weight
-        return csr_array((data.ravel(), self._indices, self._rows), shape=(self._y.size, self._pixels))
+        return csr_array((data.ravel(), self._indices, self._rows), shape=(self._rows.size - 1, self._pixels))
 
     def value(self, modulation: np.ndarray | None = None) -> csr_array:
         """Samples, each times its `modulation`."""
