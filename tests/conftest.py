@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
+
+from cudcn import emulator
+
+pytest.register_assert_rewrite("operator_case")
 
 
 @functools.cache
@@ -29,6 +34,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDCN_DEVICE", "emulator")
+
+
+@pytest.fixture(params=["cpu", "fast", "check"])
+def any_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if request.param == "cpu":
+        yield
+    else:
+        monkeypatch.setenv("CUDCN_DEVICE", "emulator")
+        with emulator.settings(build=request.param):
+            yield
 
 
 @pytest.fixture
