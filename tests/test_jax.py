@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from adapter_cases import (
-    ATTRIBUTES,
-    DTYPES,
-    LAYOUTS,
+    CASES,
+    EACH,
+    PLAIN,
     SECOND,
-    VERSIONS,
-    arrays,
     assert_close,
     check_introduction,
-    check_tensors_by_name,
-    reference,
+    check_tensors_by_position,
+    expected,
 )
+from operator_case import HALVES, Case, Tensors
 
 import cudcn
 from cudcn.op import Op
@@ -41,57 +41,97 @@ def _x64() -> Any:
     jax.config.update("jax_enable_x64", before)
 
 
-def to_jax(*args: Any, **kwargs: Any) -> list[Any]:
-    return [None if a is None else jnp.asarray(a) for a in arrays(*args, **kwargs)]
+ATTRIBUTES = PLAIN.attributes
 
 
-def convolve(*given: Any, layout: str = "NCHW") -> Any:
-    return cudcn.deform_conv2d(*given, **ATTRIBUTES, layout=layout)
+def tensors(case: Case = PLAIN, dtype: str = "float64") -> Tensors:
+    return {name: None if t is None else jnp.asarray(t) for name, t in case.tensors(dtype).items()}
+
+
+def to_jax(case: Case = PLAIN) -> list[Any]:
+    return [*tensors(case).values()]
+
+
+def convolve(*given: Any) -> Any:
+    return cudcn.deform_conv2d(*given, **ATTRIBUTES)
 
 
 def total(*given: Any) -> Any:
     return (convolve(*given) ** 2).sum()
 
 
+def differentiable(case: Case, given: Tensors) -> Tensors:
+    return {name: t for name, t in given.items() if t is not None and name not in case.op.constants}
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("version", VERSIONS)
-def test_agrees_with_numpy(version: str, layout: str, device: str) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_numpy(case: Case, device: str) -> None:
     with jax.default_device(jax.devices(device)[0]):
-        given = to_jax(version, layout)
-        out, grad, grads = reference(layout, given)
-        got, vjp = jax.vjp(lambda *t: convolve(*t, layout=layout), *given)
-        jitted = jax.jit(convolve, static_argnames="layout")(*given, layout=layout)
+        given, grad_output = tensors(case), jnp.asarray(case.grad_output())
+        want, wants = expected(case, given, grad_output)
+        variables = differentiable(case, given)
+        out, vjp = jax.vjp(lambda t: case.forward({**given, **t}), variables)
+        jitted = jax.jit(case.forward)(given)
         assert isinstance(jitted, jax.Array)
-        assert_close(got, out)
-        assert_close(jitted, out)
-        backward = cudcn.deform_conv2d_backward(jnp.asarray(grad), *given, **ATTRIBUTES, layout=layout)
-        assert isinstance(backward, OP.gradients)
-        for a, b, want in zip(vjp(jnp.asarray(grad)), backward, grads, strict=True):
-            assert_close(a, want)
-            assert_close(b, want)
+        assert_close(out, want)
+        assert_close(jitted, want)
+        raw = getattr(cudcn, f"{case.op.name}_backward")(grad_output, **given, **case.attributes)
+        assert isinstance(raw, case.op.gradients)
+        (grads,) = vjp(grad_output)
+        for name in given:
+            assert_close(grads.get(name), wants[name])
+            assert_close(getattr(raw, name), wants[name])
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 4e-3), ("bfloat16", 3e-2), ("float32", 1e-5)])
-def test_dtypes(dtype: str, tolerance: float) -> None:
-    given = to_jax(dtype=DTYPES[dtype])
-    out, grad, _ = reference("NCHW", given)
-    got, vjp = jax.vjp(convolve, *given)
-    assert got.dtype == dtype
-    assert_close(got, out, tolerance)
-    assert [g.dtype for g in vjp(jnp.asarray(grad, dtype))] == [jnp.dtype(dtype)] * 5
+@pytest.mark.parametrize("dtype", ["float32", *HALVES])
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_dtypes(case: Case, dtype: str) -> None:
+    given, grad_output = tensors(case, dtype), jnp.asarray(case.grad_output(dtype))
+    want, wants = expected(case, given, grad_output)
+    out, vjp = jax.vjp(lambda t: case.forward({**given, **t}), differentiable(case, given))
+    assert out.dtype == dtype
+    case.close(out, want, dtype)
+    for name, got in vjp(grad_output)[0].items():
+        assert got.dtype == dtype
+        case.close(got, wants[name], dtype)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_check_grads(version: str) -> None:
-    given = to_jax(version)
-    present = [t for t in given if t is not None]
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_check_grads(case: Case) -> None:
+    given = {name: None if t is None else jnp.asarray(t) for name, t in case.smooth(dict(case.tensors())).items()}
+    check_grads(lambda t: case.forward({**given, **t}), (differentiable(case, given),), order=1, modes=["rev"])
 
-    def function(*t: Any) -> Any:
-        rest = iter(t)
-        return convolve(*(None if g is None else next(rest) for g in given))
 
-    check_grads(function, present, order=1, modes=["rev"])
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_gradients_of_all_tensors(case: Case) -> None:
+    """Those that have none get zeros, if they are of floats, as JAX has it."""
+    given = tensors(case)
+    floats = {name: t for name, t in given.items() if t is not None and jnp.issubdtype(t.dtype, jnp.floating)}
+    grads = jax.jit(jax.grad(lambda t: case.forward({**given, **t}).sum()))(floats)
+    for name in case.op.constants:
+        assert name not in floats or not grads[name].any()
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_vmap(case: Case) -> None:
+    given = differentiable(case, tensors(case))
+    batched = {name: jnp.stack([t, 2 * t]) for name, t in given.items()}
+    constants = {name: t for name, t in tensors(case).items() if name not in given}
+
+    def call(t: Tensors) -> Any:
+        return case.forward({**constants, **t})
+
+    def loss(t: Tensors) -> Any:
+        return (call(t) ** 2).sum()
+
+    for transform in (lambda f: f, jax.jit):
+        outs, grads = transform(jax.vmap(call))(batched), transform(jax.vmap(jax.grad(loss)))(batched)
+        for i in (0, 1):
+            one = {name: t[i] for name, t in batched.items()}
+            assert_close(outs[i], np.asarray(call(one)))
+            for name, want in jax.grad(loss)(one).items():
+                assert_close(grads[name][i], np.asarray(want))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 4), (4, (1, 2), 0), ((0, 1, 2, 3, 4), 3, 2)])
@@ -123,7 +163,7 @@ def test_gradients_under_every_transformation(order: tuple[Any, ...]) -> None:
 
 
 def test_value_and_grad_without_optional_tensors() -> None:
-    given = to_jax("v1")
+    given = to_jax(replace(PLAIN, bias=False, mask=False))
     value, grads = jax.jit(jax.value_and_grad(total, (0, 2)))(*given)
     assert_close(value, np.asarray(total(*given)))
     assert [g.shape for g in grads] == [given[0].shape, given[2].shape]
@@ -131,7 +171,7 @@ def test_value_and_grad_without_optional_tensors() -> None:
 
 def test_many_attributes() -> None:
     """jax-tvm-ffi frees long string attributes too early; ours must arrive, whatever their length."""
-    given = to_jax("v1")
+    given = to_jax()
     for padding in (0, 1, 12, 123, ((0, 1), (2, 3)), ((12, 34), (5, 67))):
         height, width = (
             np.add((6, 7), np.sum(np.broadcast_to(OP.canonical(padding=padding)["padding"], 4).reshape(2, 2), 1)) - 2
@@ -143,7 +183,7 @@ def test_many_attributes() -> None:
 
 
 def test_empty_batch() -> None:
-    given = to_jax(batch=0)
+    given = to_jax(replace(PLAIN, batch=0))
     assert convolve(*given).shape == (0, 6, 4, 3)
     grads = jax.grad(total, (0, 1, 2, 3, 4))(*given)
     assert [g.shape for g in grads] == [g.shape for g in given]
@@ -160,7 +200,7 @@ def test_refusals() -> None:
         convolve(np.asarray(given[0]), *given[1:])
     torch = pytest.importorskip("torch")
     with pytest.raises(TypeError, match=r"cudcn\.jax takes tensors of jax, got torch"):
-        cudcn.jax.deform_conv2d(*(torch.from_numpy(a) for a in arrays()), **ATTRIBUTES)
+        cudcn.jax.deform_conv2d(*(torch.from_numpy(np.array(t)) for t in to_jax()), **ATTRIBUTES)
     with pytest.raises(ValueError, match="grad_output must have the output's shape and dtype"):
         cudcn.jax.deform_conv2d_backward(jnp.ones(3), *given, **ATTRIBUTES)
 
@@ -191,9 +231,11 @@ def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
         convolve(*to_jax())
 
 
-def test_functions_introduce_themselves() -> None:
-    check_introduction(cudcn.jax)
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_functions_introduce_themselves(case: Case) -> None:
+    check_introduction(cudcn.jax, case.op.name)
 
 
-def test_tensors_by_name() -> None:
-    check_tensors_by_name(cudcn.jax, to_jax())
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_tensors_by_position(case: Case) -> None:
+    check_tensors_by_position(cudcn.jax, case, lambda t: None if t is None else jnp.asarray(t))

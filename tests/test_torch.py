@@ -5,49 +5,63 @@ from __future__ import annotations
 import importlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from adapter_cases import (
-    ATTRIBUTES,
-    DTYPES,
-    LAYOUTS,
-    NAMES,
+    CASES,
+    EACH,
+    PLAIN,
     SECOND,
-    VERSIONS,
-    arrays,
     assert_close,
     check_introduction,
-    check_tensors_by_name,
+    check_tensors_by_position,
     double,
-    reference,
+    expected,
 )
+from deform_conv2d_cases import IMAGES
+from operator_case import HALVES, Case, Tensors
 
 import cudcn
 from cudcn.op import Op
-from cudcn.ops.deform_conv2d import OP
 
 torch = pytest.importorskip("torch")
 import cudcn.torch  # noqa: E402
 
-TORCH_OPS = torch.ops.cudcn
+ATTRIBUTES = PLAIN.attributes
 
 
-def tensors(*args: Any, device: str = "cpu", grad: bool = True, **kwargs: Any) -> list[Any]:
-    return [None if a is None else to_torch(a).to(device).requires_grad_(grad) for a in arrays(*args, **kwargs)]
-
-
-def to_torch(array: np.ndarray) -> torch.Tensor:
+def to_torch(array: Any) -> Any:
+    if array is None:
+        return None
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    return torch.from_numpy(array.copy())
 
 
-def flat(**attributes: Any) -> list[Any]:
+def tensors(case: Case = PLAIN, dtype: str = "float64", device: str = "cpu", grad: bool = True) -> Tensors:
+    """The case's tensors, requiring gradients where there are any."""
+    given = {name: to_torch(t) for name, t in case.tensors(dtype).items()}
+    return {
+        name: None if t is None else t.to(device).requires_grad_(grad and name not in case.op.constants)
+        for name, t in given.items()
+    }
+
+
+def flat(case: Case) -> list[Any]:
     """The attributes as the torch operators take them."""
-    return [list(v) if isinstance(v, tuple) else v for v in OP.canonical(**attributes).values()]
+    return [list(v) if isinstance(v, tuple) else v for v in case.op.canonical(**case.attributes).values()]
+
+
+def overload(name: str) -> Any:
+    return getattr(torch.ops.cudcn, name).default
+
+
+def gradients(given: Tensors) -> Tensors:
+    return {name: None if t is None else t.grad for name, t in given.items()}
 
 
 @pytest.fixture
@@ -65,193 +79,212 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[list[bool]]:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("version", VERSIONS)
-def test_agrees_with_numpy(version: str, layout: str, device: str) -> None:
-    given = tensors(version, layout, device=device)
-    out, grad, grads = reference(layout, given)
-    got = cudcn.deform_conv2d(*given, **ATTRIBUTES, layout=layout)
-    assert_close(got, out)
-    assert got.is_contiguous()
-    got.backward(torch.from_numpy(grad).to(device))
-    for tensor, want in zip(given, grads, strict=True):
-        assert_close(None if tensor is None else tensor.grad, want)
-    again = cudcn.deform_conv2d_backward(
-        torch.from_numpy(grad).to(device),
-        *tensors(version, layout, device=device),
-        **ATTRIBUTES,
-        layout=layout,
-    )
-    assert isinstance(again, OP.gradients)
-    for got_grad, want in zip(again, grads, strict=True):
-        assert_close(got_grad, want)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_numpy(case: Case, device: str) -> None:
+    given, grad_output = tensors(case, device=device), to_torch(case.grad_output()).to(device)
+    want, wants = expected(case, given, grad_output)
+    out = case.forward(given)
+    assert out.is_contiguous()
+    assert_close(out, want)
+    out.backward(grad_output)
+    raw = getattr(cudcn, f"{case.op.name}_backward")(grad_output, **tensors(case, device=device), **case.attributes)
+    assert isinstance(raw, case.op.gradients)
+    for name, got in gradients(given).items():
+        assert_close(got, wants[name])
+        assert_close(getattr(raw, name), wants[name])
 
 
 @pytest.mark.gpu
 def test_cuda_runs_on_the_current_stream() -> None:
-    given = tensors("v2", device="cuda")
-    out, grad, grads = reference("NCHW", given)
+    given, grad_output = tensors(device="cuda"), to_torch(PLAIN.grad_output()).cuda()
+    want, wants = expected(PLAIN, given, grad_output)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for tensor in given:
+        for tensor in given.values():
             torch.cuda._sleep(10_000_000)  # a call on another stream would overtake this
             tensor.data.mul_(2)
             tensor.data.div_(2)
-        got = cudcn.deform_conv2d(*given, **ATTRIBUTES)
-        got.backward(torch.from_numpy(grad).cuda())
+        out = PLAIN.forward(given)
+        out.backward(grad_output)
     stream.synchronize()
-    assert_close(got, out)
-    for tensor, want in zip(given, grads, strict=True):
-        assert_close(tensor.grad, want)
+    assert_close(out, want)
+    for name, got in gradients(given).items():
+        assert_close(got, wants[name])
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 4e-3), ("bfloat16", 3e-2), ("float32", 1e-5)])
-def test_dtypes(dtype: str, tolerance: float) -> None:
-    given = tensors("v2", dtype=DTYPES[dtype])
-    out, grad, _ = reference("NCHW", given)
-    got = cudcn.deform_conv2d(*given, **ATTRIBUTES)
-    assert got.dtype == getattr(torch, dtype)
-    assert_close(got, out, tolerance)
-    got.backward(torch.from_numpy(grad).to(got.dtype))
-    assert [t.grad.dtype for t in given] == [got.dtype] * 5
+@pytest.mark.parametrize("dtype", ["float32", *HALVES])
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_dtypes(case: Case, dtype: str) -> None:
+    given, grad_output = tensors(case, dtype), to_torch(case.grad_output(dtype))
+    want, wants = expected(case, given, grad_output)
+    out = case.forward(given)
+    assert out.dtype == getattr(torch, dtype)
+    case.close(double(out), want, dtype)
+    out.backward(grad_output)
+    for name, got in gradients(given).items():
+        if wants[name] is not None:
+            assert got.dtype == out.dtype
+            case.close(double(got), wants[name], dtype)
 
 
-def test_takes_views_as_they_are() -> None:
-    given = tensors("v2", grad=False)
-    strided = [torch.stack([t, t], -1)[..., 0] for t in given]
-    strided[0] = given[0].permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-    assert not any(t.is_contiguous() for t in strided)
-    out, grad, grads = reference("NCHW", given)
-    assert_close(cudcn.deform_conv2d(*strided, **ATTRIBUTES), out)
-    got = cudcn.deform_conv2d_backward(torch.from_numpy(grad), *strided, **ATTRIBUTES)
-    for got_grad, want in zip(got, grads, strict=True):
-        assert_close(got_grad, want)
-    negated = torch.complex(given[0], -given[0]).conj().imag  # negation that torch has only noted down
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_takes_views_as_they_are(case: Case) -> None:
+    given = tensors(case, grad=False)
+    strided = {name: None if t is None else torch.stack([t, t], -1)[..., 0] for name, t in given.items()}
+    first = next(iter(given))
+    turned = given[first].permute(*reversed(range(given[first].ndim))).contiguous()
+    strided[first] = turned.permute(*reversed(range(turned.ndim)))
+    assert not strided[first].is_contiguous()
+    grad_output = to_torch(case.grad_output())
+    want, wants = expected(case, given, grad_output)
+    assert_close(case.forward(strided), want)
+    for name, got in case.backward(strided, grad_output).items():
+        assert_close(got, wants[name])
+
+
+def test_takes_lazy_negation() -> None:
+    given = tensors(grad=False)
+    negated = torch.complex(given["input"], -given["input"]).conj().imag
     assert negated.is_neg()
-    assert_close(cudcn.deform_conv2d(negated, *given[1:], **ATTRIBUTES), out)
+    assert_close(PLAIN.forward({**given, "input": negated}), double(PLAIN.forward(given)))
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_opcheck(version: str) -> None:
-    torch.library.opcheck(TORCH_OPS.deform_conv2d.default, (*tensors(version), *flat(**ATTRIBUTES)))
-    given = tensors(version, grad=False)
-    grad = torch.ones_like(cudcn.deform_conv2d(*given, **ATTRIBUTES))
-    needs = [t is not None and name != "offset" for name, t in zip(NAMES, given, strict=True)]
-    torch.library.opcheck(TORCH_OPS.deform_conv2d_backward.default, (grad, *given, *flat(**ATTRIBUTES), needs))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case: Case) -> None:
+    name, given = case.op.name, tensors(case, grad=False)
+    torch.library.opcheck(overload(name), (*tensors(case).values(), *flat(case)))
+    grad_output = torch.ones_like(case.forward(given))
+    for needs in (case.op.differentiable([*given.values()]), [False] * len(given)):
+        torch.library.opcheck(overload(f"{name}_backward"), (grad_output, *given.values(), *flat(case), needs))
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_gradcheck(version: str) -> None:
-    given = tensors(version)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradcheck(case: Case) -> None:
+    smooth = {name: to_torch(t) for name, t in case.smooth(dict(case.tensors())).items()}
+    given = {name: t.requires_grad_() for name, t in smooth.items() if t is not None and name not in case.op.constants}
     assert torch.autograd.gradcheck(
-        lambda *t: cudcn.torch.deform_conv2d(*t, **ATTRIBUTES), given, fast_mode=version != "v2"
+        lambda *t: case.forward({**smooth, **dict(zip(given, t, strict=True))}), tuple(given.values()), fast_mode=True
     )
 
 
-@pytest.mark.parametrize("wanted", [("input",), ("offset", "mask"), ("weight", "bias"), NAMES])
-def test_computes_only_wanted_gradients(wanted: tuple[str, ...], computed: list[list[bool]]) -> None:
-    given = tensors("v2")
-    _, grad, grads = reference("NCHW", given)
-    computed.clear()
-    for name, tensor in zip(NAMES, given, strict=True):
-        tensor.requires_grad_(name in wanted)
-    cudcn.deform_conv2d(*given, **ATTRIBUTES).backward(torch.from_numpy(grad))
-    assert computed == [[name in wanted for name in NAMES]]
-    for name, tensor, want in zip(NAMES, given, grads, strict=True):
-        assert_close(tensor.grad, want if name in wanted else None)
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_computes_only_wanted_gradients(case: Case, computed: list[list[bool]]) -> None:
+    grad_output = to_torch(case.grad_output())
+    possible = {name for name, t in tensors(case).items() if t is not None and t.requires_grad}
+    _, wants = expected(case, tensors(case), grad_output)
+    for wanted in [*({name} for name in possible), possible - {next(iter(case.op.tensors))}]:
+        if not wanted:
+            continue
+        given = tensors(case, grad=False)
+        for name in wanted:
+            given[name].requires_grad_()
+        computed.clear()
+        case.forward(given).backward(grad_output)
+        assert computed == [[name in wanted for name in given]]
+        for name, got in gradients(given).items():
+            assert_close(got, wants[name] if name in wanted else None)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("function", [cudcn.deform_conv2d, cudcn.torch.deform_conv2d])
-def test_compile(function: Any, dynamic: bool) -> None:
+@pytest.mark.parametrize("public", [False, True])
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_compile(case: Case, public: bool, dynamic: bool) -> None:
+    function = getattr(cudcn if public else cudcn.torch, case.op.name)
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda *t: function(*t, **ATTRIBUTES).square().sum(),
+        lambda given: function(**given, **case.attributes).square().sum(),
         fullgraph=True,
         backend="aot_eager",
         dynamic=dynamic,
     )
-    for batch in (2, 1):
-        given, again = tensors(batch=batch), tensors(batch=batch)
-        compiled(*given).backward()
-        cudcn.torch.deform_conv2d(*again, **ATTRIBUTES).square().sum().backward()
-        for a, b in zip(given, again, strict=True):
-            assert_close(a.grad, b.grad.numpy())
+    again = replace(case, name=case.name + " again")  # other numbers
+    sizes = [case, again, replace(case, batch=1)] if dynamic else [case, again]
+    for size in sizes:
+        given, eager = tensors(size), tensors(size)
+        compiled(given).backward()
+        size.forward(eager).square().sum().backward()
+        for name, got in gradients(given).items():
+            assert_close(got, double(eager[name].grad) if got is not None else None)
 
 
 def test_export() -> None:
     class Model(torch.nn.Module):
-        def forward(self, *t: torch.Tensor) -> Any:
-            return cudcn.deform_conv2d(*t, **ATTRIBUTES)
+        def forward(self, given: Tensors) -> Any:
+            return PLAIN.forward(given)
 
     batch = {0: torch.export.Dim.DYNAMIC}
-    program = torch.export.export(
-        Model(), tuple(tensors(grad=False)), dynamic_shapes={"t": (batch, batch, None, None, batch)}
-    )
-    given = tensors(batch=1, grad=False)
-    assert_close(program.module()(*given), double(cudcn.deform_conv2d(*given, **ATTRIBUTES)))
+    dynamic = {name: batch if name in IMAGES else None for name in PLAIN.tensors()}
+    program = torch.export.export(Model(), (tensors(grad=False),), dynamic_shapes=(dynamic,))
+    given = tensors(replace(PLAIN, batch=1), grad=False)
+    assert_close(program.module()(given), double(PLAIN.forward(given)))
 
 
 def test_without_gradients() -> None:
     with torch.no_grad():
-        assert not cudcn.deform_conv2d(*tensors(), **ATTRIBUTES).requires_grad
+        assert not PLAIN.forward(tensors()).requires_grad
     with torch.inference_mode():
-        assert cudcn.deform_conv2d(*tensors(), **ATTRIBUTES).is_inference()
+        assert PLAIN.forward(tensors()).is_inference()
 
 
-def test_refuses_the_second_derivative() -> None:
-    given = tensors()
-    (grad,) = torch.autograd.grad(cudcn.deform_conv2d(*given, **ATTRIBUTES).sum(), given[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match=SECOND):
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_refuses_the_second_derivative(case: Case) -> None:
+    given = tensors(case)
+    first = next(iter(given.values()))
+    (grad,) = torch.autograd.grad(case.forward(given).sum(), first, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"{case.op.name}: {SECOND}"):
         grad.sum().backward()
 
 
 def test_empty_batch() -> None:
-    given = tensors(batch=0)
-    out = cudcn.deform_conv2d(*given, **ATTRIBUTES)
+    given = tensors(replace(PLAIN, batch=0))
+    out = PLAIN.forward(given)
     assert out.shape == (0, 6, 4, 3)
     out.sum().backward()
-    assert [t.grad.shape for t in given] == [t.shape for t in given]
-    assert not given[2].grad.any()
+    assert [t.grad.shape for t in given.values()] == [t.shape for t in given.values()]
+    assert not given["weight"].grad.any()
 
 
 def test_refusals() -> None:
-    given = tensors()
+    given, (function, attributes) = [*tensors().values()], (cudcn.torch.deform_conv2d, ATTRIBUTES)
     with pytest.raises(ValueError, match="deform_conv2d: all tensors must be on one device, got input: meta"):
-        cudcn.torch.deform_conv2d(given[0].to("meta"), *given[1:], **ATTRIBUTES)
+        function(given[0].to("meta"), *given[1:], **attributes)
     with pytest.raises(TypeError, match="all tensors must be of one framework, got input: numpy, offset: torch"):
-        cudcn.torch.deform_conv2d(arrays()[0], *given[1:], **ATTRIBUTES)
+        function(double(given[0]), *given[1:], **attributes)
     with pytest.raises(TypeError, match=r"cudcn\.torch takes tensors of torch, got numpy"):
-        cudcn.torch.deform_conv2d(*arrays(), **ATTRIBUTES)
+        function(*map(double, given), **attributes)
     with pytest.raises(TypeError, match="weight is required"):
-        cudcn.torch.deform_conv2d(*given[:2])
+        function(*given[:2])
     with pytest.raises(TypeError, match="takes 5 tensors by position, got 6"):
-        cudcn.torch.deform_conv2d(*given, given[0])
+        function(*given, given[0])
     with pytest.raises(ValueError, match=r"offset must be \(N, 36, H_out, W_out\)"):
-        cudcn.torch.deform_conv2d(*given)
+        function(*given)
     with pytest.raises(ValueError, match="grad_output must have the output's shape and dtype"):
-        cudcn.torch.deform_conv2d_backward(torch.ones(3), *given, **ATTRIBUTES)
+        cudcn.torch.deform_conv2d_backward(torch.ones(3), *given, **attributes)
     with pytest.raises(TypeError, match=r"input must be float16, .*, got int64"):
-        cudcn.torch.deform_conv2d(given[0].long(), *given[1:], **ATTRIBUTES)
+        function(given[0].long(), *given[1:], **attributes)
 
 
-def test_autocast() -> None:
-    given = [t.detach().float().requires_grad_() for t in tensors()]
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_autocast(case: Case) -> None:
+    given = tensors(case, "float32")
     with torch.autocast("cpu", torch.bfloat16):
-        out = cudcn.deform_conv2d(*given, **ATTRIBUTES)
-        assert cudcn.deform_conv2d(*tensors(), **ATTRIBUTES).dtype == torch.float64
+        out = case.forward(given)
+        assert case.forward(tensors(case)).dtype == torch.float64
     assert out.dtype == torch.bfloat16
-    half = [t if name in OP.fine else t.bfloat16() for name, t in zip(NAMES, given, strict=True)]
-    assert torch.equal(out, cudcn.deform_conv2d(*half, **ATTRIBUTES))  # offset and mask kept their float32
+    half = {
+        n: t.bfloat16() if t is not None and t.is_floating_point() and n not in case.op.fine else t
+        for n, t in given.items()
+    }
+    assert torch.equal(out, case.forward(half))  # the fine tensors kept their float32
     out.sum().backward()
-    assert [t.grad.dtype for t in given] == [torch.float32] * 5
+    assert all(grad.dtype == torch.float32 for grad in gradients(given).values() if grad is not None)
 
 
 def test_threads() -> None:
-    want = double(cudcn.deform_conv2d(*tensors(), **ATTRIBUTES))
+    want = double(PLAIN.forward(tensors()))
     with ThreadPoolExecutor(4) as pool:
-        for out in pool.map(lambda _: cudcn.deform_conv2d(*tensors(), **ATTRIBUTES), range(16)):
+        for out in pool.map(lambda _: PLAIN.forward(tensors()), range(16)):
             assert_close(out, want)
 
 
@@ -261,7 +294,7 @@ def test_module() -> None:
         "weight": (6, 2, 3, 3),
         "bias": (6,),
     }
-    input, offset, _, _, mask = (t.float() for t in tensors(grad=False))
+    input, offset, _, _, mask = tensors(dtype="float32", grad=False).values()
     want = cudcn.deform_conv2d(input, offset, module.weight, module.bias, mask, **ATTRIBUTES)
     assert torch.equal(module(input, offset, mask), want)
     assert module(input, offset).shape == want.shape
@@ -288,12 +321,14 @@ def test_modulated_module() -> None:
         cudcn.torch.ModulatedDeformConv2d(4, 6, 3, offset_groups=3)
 
 
-def test_functions_introduce_themselves() -> None:
-    check_introduction(cudcn.torch)
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_functions_introduce_themselves(case: Case) -> None:
+    check_introduction(cudcn.torch, case.op.name)
 
 
-def test_tensors_by_name() -> None:
-    check_tensors_by_name(cudcn.torch, tensors())
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_tensors_by_position(case: Case) -> None:
+    check_tensors_by_position(cudcn.torch, case, to_torch)
 
 
 def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
