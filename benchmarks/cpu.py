@@ -1,6 +1,6 @@
 """Compare the operators on the CPU with other libraries', and see how the time grows with size.
 
-Usage: python benchmarks/cpu.py [--quick] [--json FILE]
+Usage: python benchmarks/cpu.py [--quick] [--only OPERATOR] [--json FILE]
 """
 
 from __future__ import annotations
@@ -9,18 +9,32 @@ import argparse
 import datetime
 import importlib
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import numpy as np
-from common import PASSES, DeformConv2d, Unavailable, commit, interleaved, relative_error, table, write_json
+import peers
+from cases import (
+    Case,
+    DCNv3,
+    DCNv4,
+    DeformConv2d,
+    DeformPSRoIPool,
+    DeformRoIPool,
+    MSDeformAttn,
+    PSRoIPool,
+    RoIAvgPool,
+    RoIPooling,
+)
+from common import PASSES, commit, interleaved, relative_error, table, write_json
+from peers import Unavailable, module
 
 import cudcn
 from cudcn.cpu.parallel import threads
 
-Runs = dict[str, Callable[[], Any]]  # pass -> a call that runs it
+Runs = dict[str, Callable[[], list[np.ndarray]]]  # pass -> a call that returns (output, *gradients)
 Contestant = Callable[[Any], Runs]
 
 MODULES = ("numpy", "scipy", "torch", "torchvision", "onnxruntime", "openvino")
@@ -29,7 +43,8 @@ BOUND = 1e-4  # float32 sums of up to 6272 products, in each library's own order
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes, under 20 s")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes")
+    parser.add_argument("--only", metavar="OPERATOR", choices=[case.operator for case in CASES])
     parser.add_argument("--json", metavar="FILE", help="write all times there too")
     options = parser.parse_args()
     seconds = 1.5 if options.quick else 5.0
@@ -38,12 +53,13 @@ def main() -> None:
     print(f"cudcn {cudcn.__version__}, commit {facts['commit']}; " + ", ".join(facts["versions"]))
     print(f"{facts['processor']}, {facts['threads']} threads for each library, taking turns call by call\n")
     results = []
-    for case, contestants in COMPARED:
-        for which in PASSES:
-            rows = compare(case, which, contestants, seconds)
-            results += rows
-            print(f"{case.operator} {case}, 3x3, mask, float32: {which}\n\n{comparison(rows)}\n")
-    for title, cases in growth(options.quick):
+    for case in CASES:
+        if options.only in (None, case.operator):
+            for which in PASSES:
+                rows = compare(case, which, contestants(case), seconds)
+                results += rows
+                print(f"{case.operator} {case}, float32: {which}\n\n{comparison(rows)}\n")
+    for title, cases in growth(options.quick) if options.only in (None, "deform_conv2d") else ():
         rows = [row for case in cases for row in compare(case, "forward", GROWING, seconds / 4)]
         results += rows
         print(f"How the forward pass grows with {title}\n\n{growth_table(rows)}\n")
@@ -51,29 +67,30 @@ def main() -> None:
         write_json(options.json, {**facts, "results": results})
 
 
-def compare(case: Any, which: str, contestants: dict[str, Contestant], seconds: float) -> list[dict[str, Any]]:
-    """One row per contestant, after a check that all compute the same as the first."""
+def compare(case: Case, which: str, contestants: dict[str, Contestant], seconds: float) -> list[dict[str, Any]]:
+    """One row per contestant, after a check that the exact ones compute the same as the first."""
     runs: Runs = {}
-    reasons = {}
+    outputs: dict[str, list[np.ndarray]] = {}
+    reasons: dict[str, str] = {}
     for name, contestant in contestants.items():
         try:
             prepared = contestant(case)
             if which in prepared:
+                outputs[name] = prepared[which]()
                 runs[name] = prepared[which]
         except Unavailable as reason:
             reasons[name] = str(reason)
-    outputs = {name: run() for name, run in runs.items()}
     first = next(iter(outputs.values()))
     for name, output in outputs.items():
-        if name != FLOOR:
+        if name not in peers.PEERS[case.operator] or peers.PEERS[case.operator][name].exact:
             for got, expected in zip(output, first, strict=True):
                 error = relative_error(got, expected)
                 if not error <= BOUND:
                     raise SystemExit(f"{case}, {which}: {name} differs from cudcn by {error:.1e}, not timed")
     times = interleaved(runs, seconds)
     ours = median(next(iter(times.values())))
-    base = {"operator": case.operator, "case": str(case), "pass": which, "pixels": case.height * case.width}
-    base |= {"batch": case.batch, "channels": case.channels}
+    values = next(iter(case.tensors().values())).size
+    base = {"operator": case.operator, "case": str(case), "pass": which, "input values": values}
     rows = [
         {
             **base,
@@ -112,7 +129,7 @@ def growth_table(rows: list[dict[str, Any]]) -> str:
         line = [case]
         for name in names:
             row = found.get(name)
-            work = row and row["batch"] * row["channels"] * row["pixels"] / 1e6
+            work = row and row["input values"] / 1e6
             line += [f"{row['median']:.2f}", f"{row['median'] / work:.1f}"] if row else ["", ""]
         lines.append(line)
     header = [text for name in names for text in (f"{name}: ms", "ms per million input values")]
@@ -145,81 +162,63 @@ def processor() -> str:
     return f"{name}, {threads()} cores usable"
 
 
-def module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise Unavailable("not installed") from None
+# The contestants
 
 
-# deform_conv2d: each contestant returns its passes; a pass returns (output, *gradients) as NumPy arrays.
+def contestants(case: Case) -> dict[str, Contestant]:
+    found: dict[str, Contestant] = {"cudcn": ours, "cudcn (torch)": by_torch(peers.ours)}
+    found |= ENGINES.get(case.operator, {})
+    return found | {name: by_torch(peer.call) for name, peer in peers.PEERS[case.operator].items()}
 
 
-def ours(case: DeformConv2d) -> Runs:
-    tensors, grad_output = list(case.tensors().values()), case.grad_output()
+def ours(case: Case) -> Runs:
+    tensors, attributes, grad_output = case.tensors(), case.attributes, case.grad_output()
+    function, backward = (getattr(cudcn, name) for name in (case.operator, f"{case.operator}_backward"))
 
     def forward() -> list[np.ndarray]:
-        return [cudcn.deform_conv2d(*tensors, padding=case.padding)]
+        return [function(**tensors, **attributes)]
 
     def both() -> list[np.ndarray]:
-        return [*forward(), *cudcn.deform_conv2d_backward(grad_output, *tensors, padding=case.padding)]
+        grads = backward(grad_output, **tensors, **attributes)
+        return [*forward(), *(grad for grad in grads if grad is not None)]
 
     return {"forward": forward, "forward+backward": both}
 
 
-def ours_torch(case: DeformConv2d) -> Runs:
-    return with_autograd(case, lambda *tensors: cudcn.deform_conv2d(*tensors, padding=case.padding))
+def by_torch(call: Callable[..., Any]) -> Contestant:
+    def contestant(case: Case) -> Runs:
+        torch = module("torch")
+        torch.set_num_threads(threads())
+        tensors = {name: torch.from_numpy(t) for name, t in case.tensors().items()}
+        leaves = {name: t.clone().requires_grad_() for name, t in tensors.items() if name not in case.op.constants}
+        grad_output = torch.from_numpy(case.grad_output())
+
+        def forward() -> list[np.ndarray]:
+            with torch.no_grad():
+                return [call(case, **tensors).numpy()]
+
+        def both() -> list[np.ndarray]:
+            for leaf in leaves.values():
+                leaf.grad = None
+            out = call(case, **{**tensors, **leaves})
+            out.backward(grad_output)
+            return [t.detach().numpy() for t in (out, *(leaf.grad for leaf in leaves.values())) if t is not None]
+
+        return {"forward": forward, "forward+backward": both}
+
+    return contestant
 
 
-def torchvision(case: DeformConv2d) -> Runs:
-    ops = module("torchvision.ops")
-
-    def call(input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> Any:
-        return ops.deform_conv2d(input, offset, weight, bias, padding=case.padding, mask=mask)
-
-    return with_autograd(case, call)
-
-
-def plain(case: DeformConv2d) -> Runs:
-    torch = module("torch")
-
-    def call(input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> Any:
-        return torch.nn.functional.conv2d(input, weight, bias, padding=case.padding)
-
-    return with_autograd(case, call)
-
-
-def with_autograd(case: DeformConv2d, call: Callable[..., Any]) -> Runs:
-    torch = module("torch")
-    torch.set_num_threads(threads())
-    tensors = [torch.from_numpy(t) for t in case.tensors().values()]
-    leaves = [t.clone().requires_grad_() for t in tensors]
-    grad_output = torch.from_numpy(case.grad_output())
-
-    def forward() -> list[np.ndarray]:
-        with torch.no_grad():
-            return [call(*tensors).numpy()]
-
-    def both() -> list[np.ndarray]:
-        for leaf in leaves:
-            leaf.grad = None
-        out = call(*leaves)
-        out.backward(grad_output)
-        return [t.detach().numpy() for t in (out, *(leaf.grad for leaf in leaves)) if t is not None]
-
-    return {"forward": forward, "forward+backward": both}
-
-
-def onnx_runtime(case: DeformConv2d) -> Runs:
+def onnx_runtime(case: Case, kind: str, feeds: dict[str, np.ndarray], order: Sequence[str], **attributes: Any) -> Runs:
+    """The forward pass of one ONNX operator, its inputs in the standard's order."""
     onnx, runtime = module("onnx"), module("onnxruntime")
-    helper, real = onnx.helper, onnx.TensorProto.FLOAT
-    order = ["input", "weight", "offset", "bias", "mask"]  # the standard's X, W, offset, B, mask
-    node = helper.make_node("DeformConv", order, ["output"], pads=[case.padding] * 4)
-    inputs = [helper.make_tensor_value_info(name, real, case.shapes[name]) for name in order]
-    output = helper.make_tensor_value_info("output", real, case.output)
-    graph = helper.make_graph([node], "deform_conv", inputs, [output])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
-    feeds = case.tensors()
+    helper = onnx.helper
+    types = {"f": onnx.TensorProto.FLOAT, "i": onnx.TensorProto.INT64}
+    inputs = [helper.make_tensor_value_info(name, types[feeds[name].dtype.kind], feeds[name].shape) for name in order]
+    output = helper.make_tensor_value_info("output", types["f"], case.output)
+    node = helper.make_node(kind, order, ["output"], **attributes)
+    graph = helper.make_graph([node], kind, inputs, [output])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads()
     # Its idle threads would otherwise spin on into the next contestant's turn.
@@ -228,40 +227,74 @@ def onnx_runtime(case: DeformConv2d) -> Runs:
     return {"forward": lambda: session.run(None, feeds)}
 
 
-def openvino(case: DeformConv2d) -> Runs:
+def onnx_deform_conv(case: DeformConv2d) -> Runs:
+    order = ["input", "weight", "offset", "bias", "mask"]
+    return onnx_runtime(case, "DeformConv", case.tensors(), order, pads=[case.kernel // 2] * 4)
+
+
+def openvino(case: Case, build: Callable[[Any, dict[str, Any]], Any]) -> Runs:
+    """The forward pass of what `build` makes of OpenVINO's opset and one parameter node per tensor."""
     ov, ops = module("openvino"), module("openvino.opset8")
-    nodes = {name: ops.parameter(shape, np.float32, name=name) for name, shape in case.shapes.items()}
-    one, pad = [1, 1], [case.padding] * 2
-    product = ops.deformable_convolution(
-        nodes["input"], nodes["offset"], nodes["weight"], one, pad, pad, one,
-        mask=nodes["mask"], bilinear_interpolation_pad=True,
-    )  # fmt: skip
-    bias = ops.reshape(nodes["bias"], [1, case.channels, 1, 1], False)
-    model = ov.Model([ops.add(product, bias)], list(nodes.values()), "deform_conv")
+    tensors = case.tensors()
+    nodes = {name: ops.parameter(t.shape, np.float32, name=name) for name, t in tensors.items()}
+    model = ov.Model([build(ops, nodes)], list(nodes.values()), case.operator)
     config = {
         "INFERENCE_NUM_THREADS": threads(),
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
     }
     request = ov.compile_model(model, "CPU", config).create_infer_request()
-    feeds = list(case.tensors().values())
+    feeds = list(tensors.values())
     return {"forward": lambda: [request.infer(feeds, share_inputs=True, share_outputs=True)[0]]}
 
 
-FLOOR = "plain convolution (torch)"
-GROWING: dict[str, Contestant] = {"cudcn": ours, "ONNX Runtime": onnx_runtime}
-COMPARED: list[tuple[Any, dict[str, Contestant]]] = [
-    (
-        DeformConv2d(2, 64, 56, 56),
-        {
-            "cudcn": ours,
-            "cudcn (torch)": ours_torch,
-            "ONNX Runtime": onnx_runtime,
-            "OpenVINO": openvino,
-            "torchvision": torchvision,
-            FLOOR: plain,
-        },
-    ),
+def openvino_deform_conv(case: DeformConv2d) -> Runs:
+    one, pad = [1, 1], [case.kernel // 2] * 2
+
+    def build(ops: Any, nodes: dict[str, Any]) -> Any:
+        product = ops.deformable_convolution(
+            nodes["input"], nodes["offset"], nodes["weight"], one, pad, pad, one,
+            mask=nodes["mask"], bilinear_interpolation_pad=True,
+        )  # fmt: skip
+        return ops.add(product, ops.reshape(nodes["bias"], [1, case.channels, 1, 1], False))
+
+    return openvino(case, build)
+
+
+def openvino_psroi(case: RoIPooling) -> Runs:
+    def build(ops: Any, nodes: dict[str, Any]) -> Any:
+        classes = case.channels // case.bins**2
+        return ops.psroi_pooling(nodes["input"], nodes["rois"], classes, case.bins, case.SCALE, 1, 1, "average")
+
+    return openvino(case, build)
+
+
+def openvino_deform_psroi(case: DeformPSRoIPool) -> Runs:
+    def build(ops: Any, nodes: dict[str, Any]) -> Any:
+        return ops.deformable_psroi_pooling(
+            nodes["input"], nodes["rois"], case.channels // case.bins**2, case.SCALE, case.bins,
+            "bilinear_deformable", 4, 4, 0.1, case.bins, offsets=nodes["offset"],
+        )  # fmt: skip
+
+    return openvino(case, build)
+
+
+ENGINES: dict[str, dict[str, Contestant]] = {
+    "deform_conv2d": {"ONNX Runtime": onnx_deform_conv, "OpenVINO": openvino_deform_conv},
+    "psroi_pool": {"OpenVINO": openvino_psroi},
+    "deform_psroi_pool": {"OpenVINO": openvino_deform_psroi},
+}
+GROWING: dict[str, Contestant] = {"cudcn": ours, "ONNX Runtime": onnx_deform_conv}
+PYRAMID = ((50, 68), (25, 34), (13, 17), (7, 9))  # strides 8 to 64 of 400x544
+CASES: list[Case] = [
+    DeformConv2d(2, 64, 56, 56),
+    RoIAvgPool(1, 64, 100, 152, rois=100),
+    PSRoIPool(1, 49 * 8, 50, 76, rois=100),
+    DeformRoIPool(1, 64, 100, 152, rois=100),
+    DeformPSRoIPool(1, 49 * 8, 50, 76, rois=100),
+    DCNv3(2, 56, 56, 128, group=4),
+    DCNv4(2, 56, 56, 128, group=4),
+    MSDeformAttn(1, PYRAMID),
 ]
 
 

@@ -1,6 +1,6 @@
-"""Compare the operators on an NVIDIA GPU with torchvision's and with what the device could do at best.
+"""Compare the operators on an NVIDIA GPU with other libraries' and with what the device could do at best.
 
-Usage: python benchmarks/gpu.py [--quick] [--dry-run] [--folder benchmarks/results] [--commit HASH]
+Usage: python benchmarks/gpu.py [--quick] [--only OPERATOR] [--dry-run] [--folder benchmarks/results] [--commit HASH]
 
 "device ms" is the device's own time, by CUDA events, with work queued ahead so that the host has no share in
 it; "eager ms" is the wall-clock time of one of ten calls in a row, host included. The inputs rotate through
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import re
 import subprocess
 import sys
@@ -24,13 +25,26 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from common import PASSES, ROOT, DeformConv2d, Unavailable, commit, relative_error, table, write_json
+import peers
+from cases import (
+    Case,
+    DCNv3,
+    DCNv4,
+    DeformConv2d,
+    DeformPSRoIPool,
+    DeformRoIPool,
+    MSDeformAttn,
+    PSRoIPool,
+    RoIAvgPool,
+)
+from common import PASSES, ROOT, commit, relative_error, table, write_json
 
 import cudcn
 
 Tensors = dict[str, Any]
-Call = Callable[[Tensors, Any], Any]  # (tensors, grad_output) -> [output, *gradients]; some gradients are None
-Contestant = Callable[[Any, str], Call]  # (case, pass) -> what to time
+KEY = ("operator", "layout", "name", "dtype", "pass")
+Errors = dict[tuple[str, ...], float | str]  # KEY -> the largest error, or why there is none
+Call = Callable[[Tensors, Any], list[Any]]  # (tensors, grad_output) -> [output, *gradients]
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 BATCH = 10  # calls queued behind one sleep of the device
@@ -38,16 +52,44 @@ SLEEP = 30_000_000  # cycles, some 17 ms: longer than the host needs to queue a 
 ROTATION = 192 << 20  # bytes of input sets to rotate through; an H100's L2 holds 50 MB
 FIELDS = ("device ms", "eager ms", "x cudcn", "floor ms", "% of best", "error")
 
-# ResNet-50's 3x3 convolutions at 224x224 (DCN deforms the last three stages), and the 256 channels of a
-# detector's stride-8 pyramid level for two images of 800x1216.
-CASES = [
-    DeformConv2d(32, 64, 56, 56),
-    DeformConv2d(32, 128, 28, 28),
-    DeformConv2d(32, 256, 14, 14),
-    DeformConv2d(32, 512, 7, 7),
-    DeformConv2d(2, 256, 100, 152),
+# deform_conv2d: ResNet-50's 3x3 convolutions at 224x224 (DCN deforms the last three stages), and the 256 channels of a
+# detector's stride-8 pyramid level for two images of 800x1216, whose stride-4 level the RoIs are pooled from.
+# DCNv3 and DCNv4: the shapes of the DCNv4 paper. Attention: Deformable DETR's encoder at 800x1333.
+CONVOLUTIONS = [
+    (32, 64, 56, 56),
+    (32, 128, 28, 28),
+    (32, 256, 14, 14),
+    (32, 512, 7, 7),
+    (2, 256, 100, 152),
 ]
-CHECKED = DeformConv2d(2, 64, 14, 15)
+AGGREGATES = [
+    (64, 56, 56, 128, 4),
+    (64, 28, 28, 256, 8),
+    (64, 14, 14, 512, 16),
+    (64, 7, 7, 1024, 32),
+    (64, 14, 14, 768, 24),
+]
+CASES: list[Case] = [
+    *(DeformConv2d(*size, layout=layout) for size in CONVOLUTIONS for layout in ("NCHW", "NHWC")),
+    RoIAvgPool(2, 256, 200, 304, rois=1000),
+    DeformRoIPool(2, 256, 200, 304, rois=1000),
+    PSRoIPool(2, 49 * 21, 50, 76, rois=300),
+    DeformPSRoIPool(2, 49 * 21, 50, 76, rois=300),
+    *(DCNv3(*size) for size in AGGREGATES),
+    *(DCNv4(*size) for size in AGGREGATES),
+    MSDeformAttn(2, ((100, 167), (50, 84), (25, 42), (13, 21))),
+]
+CHECKED: list[Case] = [
+    DeformConv2d(2, 64, 14, 15),
+    DeformConv2d(2, 64, 14, 15, layout="NHWC"),
+    RoIAvgPool(2, 16, 40, 50, rois=20),
+    DeformRoIPool(2, 16, 40, 50, rois=20),
+    PSRoIPool(2, 49 * 3, 40, 50, rois=20),
+    DeformPSRoIPool(2, 49 * 3, 40, 50, rois=20),
+    DCNv3(2, 14, 15, 64, 4),
+    DCNv4(2, 14, 15, 64, 4),
+    MSDeformAttn(2, ((14, 15), (7, 8))),
+]
 # The largest error accepted of cudcn, by the largest value. Sums are float32; the half types round the
 # sampled values and the results, by 5e-4 and 4e-3 of each.
 BOUNDS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -56,12 +98,14 @@ BOUNDS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a quarter of the repeats")
+    parser.add_argument("--only", metavar="OPERATOR", choices=[case.operator for case in CASES])
     parser.add_argument("--dry-run", action="store_true", help="list the cases and their work, touching no GPU")
     parser.add_argument("--folder", default=str(ROOT / "benchmarks" / "results"), help="where the JSON goes")
     parser.add_argument("--commit", help="the commit to name in it, where git cannot tell")
     options = parser.parse_args()
+    chosen = [case for case in CASES if options.only in (None, case.operator)]
     if options.dry_run:
-        print(dry_run())
+        print(dry_run(chosen))
         return 0
     try:
         import torch
@@ -80,12 +124,17 @@ def main() -> int:
     print(", ".join(f"{name} {value:.3g}" for name, value in ceilings.items()), flush=True)
     seconds = 0.5 if options.quick else 2.0
 
-    errors = {key: check(*key) for key in [(n, d, p) for d in DTYPES for p in PASSES for n in CONTESTANTS]}
+    checked = [case for case in CHECKED if options.only in (None, case.operator)]
+    errors: Errors = {}
+    for case in checked:
+        for dtype in DTYPES:
+            for which in PASSES:
+                errors |= check(case, dtype, which)
     device = re.sub(r"\W+", "-", facts["device"].lower()).strip("-")
     path = Path(options.folder) / f"{device}-{facts['commit']}.json"
-    checks = [{"name": n, "dtype": d, "pass": p, "error": error} for (n, d, p), error in errors.items()]
+    checks = [dict(zip((*KEY, "error"), (*key, error), strict=True)) for key, error in errors.items()]
     results: list[dict[str, Any]] = []
-    for case in CASES:
+    for case in chosen:
         for dtype in DTYPES:
             for which in PASSES:
                 print(f"{case.operator} {case} {dtype} {which}", flush=True)
@@ -95,58 +144,60 @@ def main() -> int:
     return verdict(results, errors)
 
 
-def dry_run() -> str:
+def dry_run(cases: list[Case]) -> str:
     rows = []
-    for case in CASES:
+    for case in cases:
         for dtype, size in DTYPES.items():
             for which in PASSES:
                 megabytes, gigaflops = case.bytes(which, size) / 1e6, case.flops(which) / 1e9
-                rows.append([f"{case} {dtype} {which}", f"{megabytes:.1f}", f"{gigaflops:.1f}", str(rotations(case))])
-    return table(["deform_conv2d, 3x3, mask, bias", "MB", "GFLOP", "input sets"], rows)
+                name = f"{case.operator} {case} {dtype} {which}"
+                rows.append([name, f"{megabytes:.1f}", f"{gigaflops:.1f}", str(rotations(case))])
+    return table(["", "MB", "GFLOP", "input sets"], rows)
 
 
-def rotations(case: Any) -> int:
+def rotations(case: Case) -> int:
     """How many sets of inputs to rotate through, the same number for every dtype."""
     return max(2, min(16, -(-ROTATION // case.bytes("forward", 2))))
 
 
-def check(name: str, dtype: str, which: str) -> float | str:
-    """The largest error of a contestant's output and gradients against float64, or why it has none."""
+def check(case: Case, dtype: str, which: str) -> Errors:
+    """The largest error of each exact contestant's output and gradients against float64."""
     import torch
 
-    if name in FLOORS:
-        return "not deformed"
-    tensors, grad_output = CHECKED.tensors(), CHECKED.grad_output()
-    on_device = {key: to_device(t, dtype) for key, t in tensors.items()}
-    grad = to_device(grad_output, dtype)
-    try:
-        call = CONTESTANTS[name](CHECKED, which)
-        got = [
-            None if t is None else to_host(t)
-            for t in call(prepare(name, on_device), prepare_one(name, "grad_output", grad))
-        ]
-        torch.cuda.synchronize()
-    except Exception as refusal:  # a contestant's refusal is a result
-        return reason(refusal)
-    exact = [to_host(t).astype(np.float64) for t in on_device.values()]  # as rounded to the dtype
-    expected = [cudcn.deform_conv2d(*exact, padding=CHECKED.padding)]
+    given = {name: to_device(t, dtype) for name, t in case.tensors().items()}
+    grad_output = to_device(case.grad_output(), dtype)
+    exact = {name: to_host(t) for name, t in given.items()}  # as rounded to the dtype
+    function, backward = (getattr(cudcn, name) for name in (case.operator, f"{case.operator}_backward"))
+    expected = [function(**exact, **case.attributes)]
     if which != "forward":
-        expected += cudcn.deform_conv2d_backward(to_host(grad).astype(np.float64), *exact, padding=CHECKED.padding)
-    if name in CHANNELS_LAST:
-        got = [t.transpose(0, 3, 1, 2) if i in (0, 1, 2, 5) else t for i, t in enumerate(got)]
-    error = max(relative_error(a, b) for a, b in zip(got, expected, strict=True))
-    print(f"{name} {dtype} {which}: largest error against float64 {error:.1e}", flush=True)
-    return error
+        expected += [g for g in backward(to_host(grad_output), **exact, **case.attributes) if g is not None]
+    errors: Errors = {}
+    for name, (prepare, call, comparable) in contestants(case, which).items():
+        if not comparable:
+            continue
+        try:
+            got = [to_host(t) for t in call(prepare(given), prepare({"": grad_output})[""])]
+            torch.cuda.synchronize()
+            error: float | str = max(relative_error(a, b) for a, b in zip(got, expected, strict=True))
+        except Exception as refusal:  # a contestant's refusal is a result
+            error = reason(refusal)
+        errors[key(case, name, dtype, which)] = error
+        print(f"{case.operator} {name} {dtype} {which}: largest error against float64 {error}", flush=True)
+    return errors
+
+
+def key(case: Case, name: str, dtype: str, which: str) -> tuple[str, ...]:
+    return case.operator, case.attributes.get("layout", ""), name, dtype, which
 
 
 def measure(
-    case: Any, dtype: str, which: str, seconds: float, ceilings: dict[str, float], errors: dict[Any, Any]
+    case: Case, dtype: str, which: str, seconds: float, ceilings: dict[str, float], errors: Errors
 ) -> list[dict[str, Any]]:
     """One row per contestant: they take turns, a batch of calls each."""
     import torch
 
     count, size = rotations(case), DTYPES[dtype]
-    made = [{key: to_device(t, dtype) for key, t in case.tensors(seed).items()} for seed in range(min(count, 2))]
+    made = [{key: to_device(t, dtype) for key, t in host_tensors(case, seed).items()} for seed in range(min(count, 2))]
     made += [{key: t.clone() for key, t in made[i % 2].items()} for i in range(count - len(made))]
     grad_output = to_device(case.grad_output(), dtype)
     floor = max(
@@ -156,12 +207,11 @@ def measure(
     base = {"operator": case.operator, "case": str(case), "dtype": dtype, "pass": which, "floor": floor}
     base |= {"bytes": case.bytes(which, size), "flops": case.flops(which)}
     rows, calls = {}, {}
-    for name, contestant in CONTESTANTS.items():
-        rows[name] = {**base, "name": name, "error": errors[name, dtype, which]}
+    for name, (prepare, call, _) in contestants(case, which).items():
+        rows[name] = {**base, "name": name, "error": errors.get(key(case, name, dtype, which))}
         try:
-            call = contestant(case, which)
-            sets = [prepare(name, tensors) for tensors in made]
-            grad = prepare_one(name, "grad_output", grad_output)
+            sets = [prepare(tensors) for tensors in made]
+            grad = prepare({"": grad_output})[""]
             for tensors in sets[:3] * 2:  # warm-up: compiles, picks algorithms, fills allocators
                 call(tensors, grad)
             torch.cuda.synchronize()
@@ -185,6 +235,11 @@ def measure(
         }
         rows[name] |= {"calls": len(device[name])}
     return list(rows.values())
+
+
+@functools.lru_cache(maxsize=2)
+def host_tensors(case: Case, seed: int) -> dict[str, np.ndarray]:
+    return case.tensors(seed)
 
 
 def device_times(call: Call, turn: list[Tensors], grad: Any) -> list[float]:
@@ -237,17 +292,14 @@ def report(results: list[dict[str, Any]]) -> str:
 
 
 def summary(results: list[dict[str, Any]]) -> str:
-    """One line per case: the better layout of cudcn against torchvision and the floors."""
+    """One line per case: cudcn against each of the others and the floor."""
     lines = []
     for title, rows in grouped(results).items():
-        times = {name: row["device"] for name, row in rows.items() if "device" in row}
-        ours = min((times[name] for name in (OURS, OURS_LAST) if name in times), default=float("nan"))
-        floors = min((times[name] for name in FLOORS if name in times), default=float("nan"))
-        theirs = times.get("torchvision")
-        faster = f"{theirs / ours:.2f}" if theirs else "refused"
-        best = 100 * rows[OURS]["floor"] / ours
-        lines.append([title, f"{ours:.3f}", faster, f"{ours / floors:.2f}", f"{best:.0f}"])
-    return table(["", "cudcn ms", "torchvision / cudcn", "cudcn / plain convolution", "% of best"], lines)
+        ours = rows[OURS].get("device", float("nan"))
+        others = {n: row["device"] for n, row in rows.items() if "device" in row and not n.startswith("cudcn")}
+        ratios = ", ".join(f"{name} {time / ours:.2f}" for name, time in others.items())
+        lines.append([title, f"{ours:.3f}", f"{100 * rows[OURS]['floor'] / ours:.0f}", ratios])
+    return table(["", "cudcn ms", "% of best", "others' time by cudcn's"], lines)
 
 
 def grouped(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -264,21 +316,25 @@ def cells(row: dict[str, Any], ours: float | None) -> list[str]:
         return [f"refused: {row['refused'][:60]}", *[""] * (len(FIELDS) - 1)]
     ratio = f"{row['device'] / ours:.2f}" if ours else ""
     times = [f"{row['device']:.3f}", f"{row['eager']:.3f}", ratio, f"{row['floor']:.3f}"]
-    if row["name"] in FLOORS:
-        return [*times[:3], "", "", ""]  # it neither reads offsets nor mask
-    error = f"{row['error']:.1e}" if isinstance(row["error"], float) else row["error"][:40]
+    error = row["error"]
+    if error is None:
+        return [*times[:3], "", "", "another operator"]
+    error = f"{error:.1e}" if isinstance(error, float) else error[:40]
     return [*times, f"{100 * row['floor'] / row['device']:.0f}", error]
 
 
-def verdict(results: list[dict[str, Any]], errors: dict[Any, Any]) -> int:
+def verdict(results: list[dict[str, Any]], errors: Errors) -> int:
     """1, with a sentence each, if cudcn refused a case or was wrong."""
     problems = []
-    for (name, dtype, which), error in errors.items():
+    for (operator, layout, name, dtype, which), error in errors.items():
         if name.startswith("cudcn") and not (isinstance(error, float) and error <= BOUNDS[dtype]):
-            problems.append(f"{name} {dtype} {which}: error {error}, at most {BOUNDS[dtype]:.1e} is expected")
+            what = " ".join((operator, layout, name, dtype, which))
+            problems.append(f"{what}: error {error}, at most {BOUNDS[dtype]:.1e} is expected")
     for row in results:
         if row["name"].startswith("cudcn") and "refused" in row:
-            problems.append(f"{row['name']} {row['case']} {row['dtype']} {row['pass']}: {row['refused']}")
+            problems.append(
+                f"{row['operator']} {row['name']} {row['case']} {row['dtype']} {row['pass']}: {row['refused']}"
+            )
     for problem in problems:
         print(f"PROBLEM: {problem}")
     return 1 if problems else 0
@@ -313,7 +369,64 @@ def nvidia_smi(field: str) -> str:
         return "unknown"
 
 
-# Carrying tensors to the contestants.
+# The contestants: what prepares their tensors before the clock starts, what is timed, whether values are compared.
+
+
+def contestants(case: Case, which: str) -> dict[str, tuple[Callable[[Tensors], Tensors], Call, bool]]:
+    found = {
+        OURS: (torch_leaves(case), with_autograd(case, which, peers.ours), True),
+        CUPY: (cupy_arrays, ours_cupy(case, which), True),
+    }
+    for name, peer in peers.PEERS[case.operator].items():
+        found[name] = (torch_leaves(case), with_autograd(case, which, peer.call), peer.exact)
+    return found
+
+
+def torch_leaves(case: Case) -> Callable[[Tensors], Tensors]:
+    def prepare(tensors: Tensors) -> Tensors:
+        leaves = set(case.op.tensors) - set(case.op.constants)
+        return {name: t.detach().requires_grad_(name in leaves) for name, t in tensors.items()}
+
+    return prepare
+
+
+def cupy_arrays(tensors: Tensors) -> Tensors:
+    return {name: to_cupy(t) for name, t in tensors.items()}
+
+
+def with_autograd(case: Case, which: str, call: Callable[..., Any]) -> Call:
+    import torch
+
+    def forward(tensors: Tensors, grad_output: Any) -> list[Any]:
+        with torch.no_grad():
+            return [call(case, **tensors)]
+
+    def both(tensors: Tensors, grad_output: Any) -> list[Any]:
+        out = call(case, **tensors)
+        leaves = [t for t in tensors.values() if t.requires_grad]
+        grads = torch.autograd.grad(out, leaves, grad_output, allow_unused=True)
+        return [out, *(grad for grad in grads if grad is not None)]
+
+    return forward if which == "forward" else both
+
+
+def ours_cupy(case: Case, which: str) -> Call:
+    function, backward = (getattr(cudcn, name) for name in (case.operator, f"{case.operator}_backward"))
+
+    def forward(tensors: Tensors, grad_output: Any) -> list[Any]:
+        return [function(**tensors, **case.attributes)]
+
+    def both(tensors: Tensors, grad_output: Any) -> list[Any]:
+        grads = backward(grad_output, **tensors, **case.attributes)
+        return [*forward(tensors, grad_output), *(grad for grad in grads if grad is not None)]
+
+    return forward if which == "forward" else both
+
+
+OURS, CUPY = "cudcn (torch)", "cudcn (CuPy)"
+
+
+# Carrying tensors.
 
 
 def reason(refusal: BaseException) -> str:
@@ -324,32 +437,15 @@ def reason(refusal: BaseException) -> str:
 def to_device(array: np.ndarray, dtype: str) -> Any:
     import torch
 
-    return torch.from_numpy(array).to("cuda", getattr(torch, dtype))
+    return torch.from_numpy(array).to("cuda", getattr(torch, dtype) if array.dtype.kind == "f" else None)
 
 
 def to_host(tensor: Any) -> np.ndarray:
-    """float32 NumPy of a torch or CuPy array of at most that precision."""
-    if hasattr(tensor, "get"):
-        return tensor.get().astype(np.float32)
-    return tensor.detach().float().cpu().numpy()
-
-
-def prepare(name: str, tensors: Tensors) -> Tensors:
-    """The tensors in the form that the contestant takes, made before the clock starts."""
-    made = {key: prepare_one(name, key, t) for key, t in tensors.items()}
-    return made if name == CUPY else {key: t.detach().requires_grad_() for key, t in made.items()}
-
-
-def prepare_one(name: str, key: str, tensor: Any) -> Any:
-    import torch
-
-    if name == CUPY:
-        return to_cupy(tensor)
-    if name in CHANNELS_LAST and tensor.ndim == 4 and key != "weight":
-        return tensor.permute(0, 2, 3, 1).contiguous()
-    if name == FLOOR_LAST and tensor.ndim == 4:
-        return tensor.contiguous(memory_format=torch.channels_last)
-    return tensor
+    """float64, or integers, of a torch or CuPy array."""
+    array = tensor.get() if hasattr(tensor, "get") else tensor.detach().cpu()
+    if hasattr(array, "numpy"):
+        array = (array.double() if array.is_floating_point() else array).numpy()
+    return array if array.dtype.kind in "iu" else array.astype(np.float64)
 
 
 def to_cupy(tensor: Any) -> Any:
@@ -363,71 +459,6 @@ def to_cupy(tensor: Any) -> Any:
         return cupy.from_dlpack(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
     return cupy.from_dlpack(tensor)
 
-
-# The contestants of deform_conv2d.
-
-
-def with_autograd(which: str, call: Callable[..., Any], used: tuple[str, ...]) -> Call:
-    import torch
-
-    def forward(tensors: Tensors, grad_output: Any) -> list[Any]:
-        with torch.no_grad():
-            return [call(**{name: tensors[name] for name in used})]
-
-    def both(tensors: Tensors, grad_output: Any) -> list[Any]:
-        out = call(**{name: tensors[name] for name in used})
-        return [out, *torch.autograd.grad(out, [tensors[name] for name in used], grad_output)]
-
-    return forward if which == "forward" else both
-
-
-ALL = ("input", "offset", "weight", "bias", "mask")
-
-
-def ours(case: DeformConv2d, which: str) -> Call:
-    return with_autograd(which, lambda **t: cudcn.deform_conv2d(**t, padding=case.padding), ALL)
-
-
-def ours_last(case: DeformConv2d, which: str) -> Call:
-    return with_autograd(which, lambda **t: cudcn.deform_conv2d(**t, padding=case.padding, layout="NHWC"), ALL)
-
-
-def ours_cupy(case: DeformConv2d, which: str) -> Call:
-    def forward(tensors: Tensors, grad_output: Any) -> list[Any]:
-        return [cudcn.deform_conv2d(**tensors, padding=case.padding)]
-
-    def both(tensors: Tensors, grad_output: Any) -> list[Any]:
-        gradients = cudcn.deform_conv2d_backward(grad_output, **tensors, padding=case.padding)
-        return [*forward(tensors, grad_output), *gradients]
-
-    return forward if which == "forward" else both
-
-
-def torchvision(case: DeformConv2d, which: str) -> Call:
-    try:
-        from torchvision.ops import deform_conv2d
-    except ImportError:
-        raise Unavailable("not installed") from None
-    return with_autograd(which, lambda **t: deform_conv2d(**t, padding=case.padding), ALL)
-
-
-def plain(case: DeformConv2d, which: str) -> Call:
-    from torch.nn.functional import conv2d
-
-    return with_autograd(which, lambda **t: conv2d(**t, padding=case.padding), ("input", "weight", "bias"))
-
-
-OURS, OURS_LAST, CUPY = "cudcn (torch)", "cudcn (torch, NHWC)", "cudcn (CuPy)"
-FLOOR, FLOOR_LAST = "plain convolution", "plain convolution, channels_last"
-FLOORS, CHANNELS_LAST = (FLOOR, FLOOR_LAST), (OURS_LAST,)
-CONTESTANTS: dict[str, Contestant] = {
-    OURS: ours,
-    OURS_LAST: ours_last,
-    CUPY: ours_cupy,
-    "torchvision": torchvision,  # it copies channels_last input to NCHW first, so it is given NCHW
-    FLOOR: plain,
-    FLOOR_LAST: plain,
-}
 
 if __name__ == "__main__":
     sys.exit(main())
