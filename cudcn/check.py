@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +33,21 @@ def integer(op: str, name: str, value: Any, least: int) -> int:
     if not least <= number <= LARGEST:
         raise ValueError(f"{op}: {name} must be at least {least} and below 2**31, got {value!r}")
     return number
+
+
+def finite(op: str, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{op}: {name} must be finite, got {value!r}")
+    return number
+
+
+def flag(op: str, name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def pair(op: str, name: str, value: Any, least: int = 1) -> tuple[int, int]:
@@ -69,11 +86,16 @@ def floating(op: str, name: str, spec: Any) -> None:
         raise TypeError(f"{op}: {name} must be {', '.join(FLOATS[:-1])} or {FLOATS[-1]}, got {spec.dtype}")
 
 
-def same_dtype(op: str, name: str, spec: Any, dtype: str, *, or_float32: bool = False) -> None:
+def indices(op: str, name: str, spec: Any) -> None:
+    if spec.dtype not in ("int32", "int64"):
+        raise TypeError(f"{op}: {name} must be int32 or int64, got {spec.dtype}")
+
+
+def same_dtype(op: str, name: str, spec: Any, dtype: str, *, like: str = "input", or_float32: bool = False) -> None:
     """`or_float32`: for positions and modulation, which half types are too coarse for."""
     if spec.dtype == dtype or (or_float32 and dtype in HALVES and spec.dtype == "float32"):
         return
-    rule = f"{dtype} like input" + (" (or float32)" if or_float32 and dtype in HALVES else "")
+    rule = f"{dtype} like {like}" + (" (or float32)" if or_float32 and dtype in HALVES else "")
     raise TypeError(f"{op}: {name} must be {rule}, got {spec.dtype}")
 
 
@@ -93,3 +115,8 @@ def window(op: str, axis: str, size: int, padding: int, kernel: int, stride: int
             f"{op}: the output's {axis} would be empty: the dilated kernel spans {reach}, the padded input {padded}"
         )
     return (padded - reach) // stride + 1
+
+
+def pixels(op: str, image: str, count: int) -> None:
+    if count > LARGEST:
+        raise ValueError(f"{op}: {image} must have fewer than 2**31 pixels, got {count}")

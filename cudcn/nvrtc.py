@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .cuda import deform_conv2d
+from .cuda import aggregate, deform_conv2d, pooling
 from .launch import SOURCES, Kernel, compile_options
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
@@ -25,7 +25,7 @@ class Resources(NamedTuple):
 
 def kernels() -> list[Kernel]:
     """Every instance of every operator."""
-    return deform_conv2d.kernels()
+    return [*deform_conv2d.kernels(), *aggregate.kernels(), *pooling.kernels()]
 
 
 def compile_kernels(source: Path, expressions: Sequence[str], architecture: str) -> dict[str, Resources]:

@@ -19,6 +19,8 @@ template <typename A> struct Cell {
   long long at[4];   // element offsets of the corners, from the plane's first element
   A down, right;     // distances from the top left corner
 
+  Cell() = default;
+
   __device__ __forceinline__ Cell(A y, A x, int height, int width, long long stride_y, long long stride_x) {
     // Comparisons are false for NaN. At exactly -1 the value is 0, but the slope is that of the cell [-1, 0].
     const bool inside = y >= A(-1) && y < A(height) && x >= A(-1) && x < A(width);
@@ -32,6 +34,23 @@ template <typename A> struct Cell {
       valid[corner] = inside && yy >= 0 && yy < height && xx >= 0 && xx < width;
       at[corner] = valid[corner] ? yy * stride_y + xx * stride_x : 0;
     }
+  }
+
+  // Where the image goes on outside as its outermost pixels: for positions from -1 to height, and from -1 to width,
+  // this is the cell around the position clamped into the image, and its slopes are 0 along the axes that are clamped.
+  static __device__ __forceinline__ Cell clamped(A y, A x, int height, int width, long long stride_y, long long stride_x) {
+    const A top = floor(y), left = floor(x);
+    const int y0 = int(top), x0 = int(left);
+    Cell cell;
+    cell.down = y - top;
+    cell.right = x - left;
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      const int yy = min(max(y0 + corner / 2, 0), height - 1), xx = min(max(x0 + corner % 2, 0), width - 1);
+      cell.valid[corner] = true;
+      cell.at[corner] = yy * stride_y + xx * stride_x;
+    }
+    return cell;
   }
 
   template <typename T> __device__ __forceinline__ void load(const T *plane, A (&corners)[4]) const {

@@ -3,6 +3,30 @@
 from .. import ops
 from .bind import bind
 
-__all__ = ["deform_conv2d", "deform_conv2d_backward"]
+__all__ = [
+    "dcnv3",
+    "dcnv3_backward",
+    "dcnv4",
+    "dcnv4_backward",
+    "deform_conv2d",
+    "deform_conv2d_backward",
+    "deform_psroi_pool",
+    "deform_psroi_pool_backward",
+    "deform_roi_pool",
+    "deform_roi_pool_backward",
+    "ms_deform_attn",
+    "ms_deform_attn_backward",
+    "psroi_pool",
+    "psroi_pool_backward",
+    "roi_avg_pool",
+    "roi_avg_pool_backward",
+]
 
+dcnv3, dcnv3_backward = bind(ops.dcnv3.OP)
+dcnv4, dcnv4_backward = bind(ops.dcnv4.OP)
 deform_conv2d, deform_conv2d_backward = bind(ops.deform_conv2d.OP)
+deform_psroi_pool, deform_psroi_pool_backward = bind(ops.deform_psroi_pool.OP)
+deform_roi_pool, deform_roi_pool_backward = bind(ops.deform_roi_pool.OP)
+ms_deform_attn, ms_deform_attn_backward = bind(ops.ms_deform_attn.OP)
+psroi_pool, psroi_pool_backward = bind(ops.psroi_pool.OP)
+roi_avg_pool, roi_avg_pool_backward = bind(ops.roi_avg_pool.OP)

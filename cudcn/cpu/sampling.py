@@ -74,3 +74,16 @@ class Sampler:
     def slope_x(self) -> csr_array:
         top, bottom = 1 - self._y, self._y
         return self._matrix(-top, top, -bottom, bottom)
+
+    def products(self, pixels: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The inner products of each sample, and of its slopes along y and x, with its row's vector.
+
+        Each of shape (rows, places of a row); all rows must have as many.
+        """
+        corners = np.take(pixels, self._indices.reshape(len(vectors), -1), axis=0)
+        top_left, top_right, bottom_left, bottom_right = np.matmul(corners, vectors[:, :, None]).reshape(-1, 4).T
+        top, bottom = top_right - top_left, bottom_right - bottom_left
+        slope_y = (bottom_left - top_left) + self._x * (bottom - top)
+        slope_x = top + self._y * (bottom - top)
+        value = top_left + self._x * top + self._y * slope_y
+        return tuple(product.reshape(len(vectors), -1) for product in (value, slope_y, slope_x))

@@ -40,6 +40,18 @@ EMULATOR_ATOMIC(atomicOr, old | value)
 EMULATOR_ATOMIC(atomicXor, old ^ value)
 #undef EMULATOR_ATOMIC
 
+// Of vectors, from sm_90: each element is added atomically.
+inline float2 atomicAdd(float2 *address, float2 value, emulator::Site site = emulator::Site::here()) {
+  const auto add = [=](float2 old) { return make_float2(old.x + value.x, old.y + value.y); };
+  return emulator::update_atomically(address, add, site);
+}
+inline float4 atomicAdd(float4 *address, float4 value, emulator::Site site = emulator::Site::here()) {
+  const auto add = [=](float4 old) {
+    return make_float4(old.x + value.x, old.y + value.y, old.z + value.z, old.w + value.w);
+  };
+  return emulator::update_atomically(address, add, site);
+}
+
 template <class T>
 inline T atomicCAS(T *address, emulator::NotDeduced<T> expected, emulator::NotDeduced<T> value,
                    emulator::Site site = emulator::Site::here()) {

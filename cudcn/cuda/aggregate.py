@@ -1,0 +1,146 @@
+"""dcnv3, dcnv4 and ms_deform_attn on a GPU: one kernel makes the output, one all the gradients.
+
+Both read contiguous tensors, so that a thread can take 16 bytes at a time; others are copied first.
+See kernels_cu/aggregate.cu.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import launch
+from ..check import LARGEST, arithmetic
+from ..launch import CTYPES, Kernel, ctype
+
+if TYPE_CHECKING:
+    from ..ops.aggregate import Attention, Windows
+
+    Geometry = Windows | Attention
+
+_THREADS = 128
+_AGGREGATE = np.dtype(
+    [(n, np.int64) for n in ("places_query", "places_group", "weights_query", "weights_group", "weights_first")]
+    + [(n, np.int32) for n in "images height width pixels groups channels samples softmax packed".split()],
+    align=True,
+)
+_TAPS = "height width kernel_h left_out stride_h stride_w top left dilation_h dilation_w center_h center_w".split()
+_LEVELS = np.dtype([("points", np.int32), ("pixels", np.int32)])
+
+
+def kernels() -> list[Kernel]:
+    """Every instance that these operators can launch."""
+    types = [(t, o) for t in ("float16", "bfloat16") for o in (t, "float32")] + [("float32",) * 2, ("float64",) * 2]
+    return [
+        _kernel(name, CTYPES[t], CTYPES[o], source, vector)
+        for name, (t, o), source in itertools.product(("forward", "backward"), types, ("Taps", "Levels"))
+        for vector in _vectors({"float32": 4, "float64": 8}.get(t, 2))
+    ]
+
+
+def forward(g: Geometry, out: Any, *tensors: Any) -> None:
+    with launch.device(out) as device:
+        call = _Call(g, device, tensors)
+        target = call.target(out, out.dtype)
+        call.launch("forward", [], [target])
+        if target is not out:
+            out[...] = target
+
+
+def backward(g: Geometry, grads: Any, grad_output: Any, *tensors: Any) -> None:
+    with launch.device(grad_output) as device:
+        call = _Call(g, device, tensors)
+        wanted = [grads[0], *grads[-1 if g.packed else -2 :]]
+        dtypes = [arithmetic(tensors[0]), call.places.dtype, call.places.dtype]
+        targets = [call.target(grad, dtype) for grad, dtype in zip(wanted, dtypes, strict=False)]
+        if targets[0] is not None:
+            targets[0].fill(0)
+        if g.packed and targets[1] is not None:
+            g.unused(targets[1])[...] = 0
+        call.launch("backward", [device.xp.ascontiguousarray(grad_output)], [*targets, None][:3])
+        for grad, target in zip(wanted, targets, strict=True):
+            if target is not grad:
+                grad[...] = target
+
+
+class _Call:
+    """The tensors of one call as the kernels take them."""
+
+    def __init__(self, g: Geometry, device: Any, tensors: Any) -> None:
+        xp = device.xp
+        self.g, self.device = g, device
+        image, *levels, places, weights = (*tensors, tensors[-1]) if g.packed else tensors
+        fine = np.float32 if places.dtype != weights.dtype else places.dtype
+        self.image = xp.ascontiguousarray(image)
+        self.places, self.weights = (xp.ascontiguousarray(t.astype(fine, copy=False)) for t in (places, weights))
+        self.levels = [xp.ascontiguousarray(t.astype(np.int64, copy=False)) for t in levels] or [None, None]
+
+    def target(self, array: Any, dtype: Any) -> Any:
+        """Where a kernel writes what `array` is to hold: the array itself if it is contiguous, aligned and of `dtype`."""
+        if array is None or (array.dtype == dtype and array.flags.c_contiguous and _address(array) % 16 == 0):
+            return array
+        return self.device.empty(array.shape, dtype)
+
+    def launch(self, name: str, inputs: list[Any], outputs: list[Any]) -> None:
+        g, image = self.g, self.image
+        queries = g.batch * math.prod(g.queries)
+        vector = self._vector([image, *inputs])
+        lanes = min(32, 1 << (-(-g.group_channels // vector) - 1).bit_length())
+        rows = _THREADS // lanes
+        grid = -(-queries // rows) * g.groups
+        if queries > LARGEST or grid > launch.LARGEST_GRID:
+            raise ValueError(
+                f"{g.name}: all images' output pixels, or queries, must be fewer than 2**31, and need fewer than 2**31 "
+                f"blocks of threads, got {queries} and {grid}"
+            )
+        kernel = _kernel(name, ctype(image), ctype(self.places), g.source, vector)
+        self.device.launch(
+            kernel, grid, (lanes, rows), *inputs, image, self.places, self.weights, *self.levels, *outputs,
+            _source(g, arithmetic(image)), np.array(self._aggregate(), _AGGREGATE),
+        )  # fmt: skip
+
+    def _vector(self, arrays: list[Any]) -> int:
+        """How many channels a thread carries."""
+        size = self.image.itemsize
+        return next(
+            v
+            for v in _vectors(size)
+            if self.g.group_channels % v == 0 and all(_address(a) % (v * size) == 0 for a in arrays)
+        )
+
+    def _aggregate(self) -> tuple[int, ...]:
+        g = self.g
+        samples = g.levels * g.points
+        if g.packed:
+            per_query, per_group = self.places.shape[-1], 3 * samples
+            steps = per_query, per_group, per_query, per_group, 2 * samples
+        else:
+            steps = 2 * samples * g.groups, 2 * samples, samples * g.groups, samples, 0
+        return *steps, g.batch, *g.queries, g.pixels, g.groups, g.group_channels, samples, g.softmax, g.packed
+
+
+def _vectors(itemsize: int) -> list[int]:
+    """16 bytes, 4 bytes or one element."""
+    return sorted({16 // itemsize, max(1, 4 // itemsize), 1}, reverse=True)
+
+
+def _source(g: Any, dtype: type) -> np.ndarray:
+    """The kernel's struct `Levels` or `Taps`, which turns places into positions."""
+    if g.source == "Levels":
+        return np.array((g.points, g.pixels), _LEVELS)
+    left_out = g.points // 2 if g.remove_center else g.points
+    values = (
+        g.offset_scale, g.height, g.width, g.kernel[0], left_out, *g.stride, *g.padding, *g.dilation, *g.center,
+    )  # fmt: skip
+    return np.array(values, [("scale", dtype), *((name, np.int32) for name in _TAPS)])
+
+
+def _kernel(name: str, data: str, places: str, source: str, vector: int) -> Kernel:
+    return Kernel("aggregate", f"aggregate_{name}<{data}, {places}, {source}, {vector}>")
+
+
+def _address(array: Any) -> int:
+    return array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr

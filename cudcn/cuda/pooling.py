@@ -1,0 +1,138 @@
+"""The RoI pooling operators on a GPU: one thread a bin and a few channels. See kernels_cu/pooling.cu."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import launch
+from ..check import arithmetic
+from ..launch import CTYPES, Kernel, strides
+
+if TYPE_CHECKING:
+    from ..ops.pooling import Geometry
+
+_THREADS = 256
+_SLAB = 32  # bytes of sums in one thread
+_LANES = 8  # threads that share a bin's channels, where neighbouring ones are on neighbouring bins
+_FIELDS = (
+    "images height width rois rows columns group_rows group_columns part_rows part_columns "
+    "classes class_channels samples channels_last tiles slabs"
+)
+_POOLING = np.dtype(
+    [("spatial_scale", np.float64), ("offset_scale", np.float64), *((name, np.int32) for name in _FIELDS.split())]
+)
+
+
+def kernels() -> list[Kernel]:
+    """Every instance that the four operators can launch."""
+    kinds = ("Average", "DeformRoI", "DeformPSRoI")
+    names = [*itertools.product(("pool", "pool_backward_input"), kinds)]
+    names += [("pool_backward_offset", kind) for kind in kinds[1:]]
+    return [_kernel(name, dtype, kind) for (name, kind), dtype in itertools.product(names, CTYPES)]
+
+
+def forward(g: Geometry, out: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None) -> None:
+    with launch.device(out) as device:
+        shifts = _fine(device, input, rois, offset, mask)
+        last = _channels_last(g, input)
+        _launch(device, g, "pool", input, last, 1, input, strides(input), *shifts, out, strides(out))
+
+
+def backward(
+    g: Geometry, grads: Any, grad_output: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None
+) -> None:
+    grad_input, _, grad_offset, grad_mask = (*grads, None, None)[:4]
+    with launch.device(grad_output) as device:
+        shifts = _fine(device, input, rois, offset, mask)
+        gradient = grad_output, strides(grad_output)
+        if grad_input is not None:
+            sums = _input_sums(device, g, grad_input)
+            sums[...] = 0
+            last = _channels_last(g, sums)
+            _launch(device, g, "pool_backward_input", input, last, 1, *gradient, *shifts, sums, strides(sums))
+            if sums is not grad_input:
+                grad_input[...] = sums
+        if grad_offset is not None or grad_mask is not None:
+            bins = (g.rois, 2 * g.classes, *g.output_size)
+            offset_sums = None if grad_offset is None else _sums(device, input, grad_offset, bins)
+            mask_sums = None if grad_mask is None else _sums(device, input, grad_mask, grad_mask.shape)
+            last = _channels_last(g, input)
+            _launch(
+                device, g, "pool_backward_offset", input, last, _LANES,
+                *gradient, input, strides(input), *shifts, offset_sums, mask_sums,
+            )  # fmt: skip
+            if grad_offset is not offset_sums:
+                grad_offset[...] = _by_part(device, g, offset_sums)
+            if grad_mask is not mask_sums:
+                grad_mask[...] = mask_sums
+
+
+def _fine(device: Any, input: Any, *tensors: Any) -> list[Any]:
+    """Contiguous, of the type of positions and sums: no copy for contiguous ones of float32 or float64."""
+    dtype = arithmetic(input)
+    return [None if t is None else device.xp.ascontiguousarray(t, dtype) for t in tensors]
+
+
+def _channels_last(g: Geometry, image: Any) -> bool:
+    """Whether neighbouring threads go to neighbouring channels; those of a bin are no neighbours if it has a group."""
+    return g.group_size == (1, 1) and g.channels > 1 and image.strides[1] == image.itemsize
+
+
+def _input_sums(device: Any, g: Geometry, grad: Any) -> Any:
+    """Where atomics sum the input's gradient: with the channels last, unless bins have groups."""
+    dtype = arithmetic(grad)
+    if grad.dtype == dtype and (_channels_last(g, grad) or g.group_size != (1, 1) or g.channels == 1):
+        return grad
+    if g.group_size != (1, 1):
+        return device.empty(grad.shape, dtype)
+    n, c, h, w = grad.shape
+    return device.empty((n, h, w, c), dtype).transpose(0, 3, 1, 2)
+
+
+def _sums(device: Any, input: Any, grad: Any, shape: tuple[int, ...]) -> Any:
+    """`grad` itself, if the kernel can write to it."""
+    dtype = arithmetic(input)
+    if grad.dtype == dtype and grad.shape == shape and grad.flags.c_contiguous:
+        return grad
+    return device.empty(shape, dtype)
+
+
+def _by_part(device: Any, g: Geometry, bins: Any) -> Any:
+    """The sums over each part's bins, always in one order."""
+    if g.part_size == g.output_size:
+        return bins
+    rows = device.xp.zeros((*bins.shape[:2], g.part_size[0], g.output_size[1]), bins.dtype)
+    parts = device.xp.zeros((*bins.shape[:2], *g.part_size), bins.dtype)
+    for row in range(g.output_size[0]):
+        rows[:, :, row * g.part_size[0] // g.output_size[0]] += bins[:, :, row]
+    for column in range(g.output_size[1]):
+        parts[..., column * g.part_size[1] // g.output_size[1]] += rows[..., column]
+    return parts
+
+
+def _launch(device: Any, g: Geometry, name: str, input: Any, last: bool, lanes: int, *args: Any) -> None:
+    """`lanes`: how many threads take turns at a bin's channels if they are planar; 1 if blocks share them out."""
+    channels = g.out_channels // g.classes
+    slab = _SLAB // np.dtype(arithmetic(input)).itemsize if lanes == 1 else channels
+    lanes = min(32 if last else lanes, 1 << (channels - 1).bit_length())
+    bins = _THREADS // lanes
+    slabs = -(-channels // (lanes * slab))
+    tiles = -(-g.rois * math.prod(g.output_size) // bins)
+    grid = tiles * slabs * g.classes
+    if grid > launch.LARGEST_GRID:
+        raise ValueError(f"{g.name}: {g.rois} rois need {grid} blocks of threads, CUDA takes {launch.LARGEST_GRID}")
+    pooling = (
+        g.spatial_scale, g.offset_scale, g.batch, g.height, g.width, g.rois, *g.output_size, *g.group_size,
+        *g.part_size, g.classes, channels, g.samples, last, tiles, slabs,
+    )  # fmt: skip
+    block = (lanes, bins) if last else (bins, lanes)
+    kernel = _kernel(name, str(input.dtype), g.bins)
+    device.launch(kernel, grid, block, *args, np.array(pooling, _POOLING))
+
+
+def _kernel(name: str, dtype: str, kind: str) -> Kernel:
+    return Kernel("pooling", f"{name}<{CTYPES[dtype]}, {kind}>")

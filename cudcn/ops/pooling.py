@@ -1,0 +1,92 @@
+"""What the RoI pooling operators share: the sizes of a call and the rules of its tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .. import check
+from ..op import Spec
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """All sizes of one call; pairs are (h, w).
+
+    Output channel c is of class c // (out_channels // classes). In a bin of group (gh, gw) it is the mean of input
+    channel (c * Gh + gh) * Gw + gw.
+    """
+
+    name: str  # of the operator
+    bins: str  # where a bin's samples lie: "Average", "DeformRoI" or "DeformPSRoI"
+    batch: int
+    channels: int
+    height: int
+    width: int
+    rois: int
+    output_size: tuple[int, int]
+    group_size: tuple[int, int]
+    part_size: tuple[int, int]
+    classes: int
+    samples: int  # along each axis of a bin; 0 for as many as it has pixels
+    spatial_scale: float
+    offset_scale: float  # an offset of 1 moves a bin by so many roi sizes
+    output: Spec
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels // (self.group_size[0] * self.group_size[1])
+
+
+def plan(
+    name: str,
+    bins: str,
+    input: Spec,
+    rois: Spec,
+    *,
+    output_size: tuple[int, int],
+    spatial_scale: float,
+    group_size: tuple[int, int] = (1, 1),
+    part_size: tuple[int, int] | None = None,
+    classes: int = 1,
+    samples: int = 1,
+    offset_scale: float = 0.0,
+) -> Geometry:
+    check.rank(name, "input", input, "(N, C, H, W)")
+    check.rank(name, "rois", rois, "(R, 5)")
+    check.floating(name, "input", input)
+    check.same_dtype(name, "rois", rois, input.dtype, or_float32=True)
+    count = rois.shape[0]
+    check.shape(name, "rois", rois, "(R, 5)", (count, 5))
+    batch, channels, height, width = input.shape
+    if min(channels, height, width) < 1:
+        raise ValueError(f"{name}: input's channels, height and width must not be empty, got {input.shape}")
+    groups = group_size[0] * group_size[1]
+    if channels % groups:
+        raise ValueError(
+            f"{name}: group_size {group_size} must divide input's channels into {groups} equal groups, got {channels}"
+        )
+    if classes < 1 or channels // groups % classes:
+        raise ValueError(
+            f"{name}: the classes of offset and mask must divide the output's {channels // groups} channels, "
+            f"got {classes}"
+        )
+    part_size = output_size if part_size is None else part_size
+    places = count * max(math.prod(output_size), math.prod(part_size))
+    product = max(o * max(g, p) for o, g, p in zip(output_size, group_size, part_size, strict=True))
+    if places >= 2**30 or product > check.LARGEST:
+        raise ValueError(
+            f"{name}: there must be fewer than 2**30 bins and parts, got {count} rois of {output_size} bins in groups "
+            f"{group_size} and parts {part_size}"
+        )
+    return Geometry(
+        name, bins, batch, channels, height, width, count, output_size, group_size, part_size, classes, samples,
+        spatial_scale, offset_scale, Spec((count, channels // groups, *output_size), input.dtype),
+    )  # fmt: skip
+
+
+def check_fine(name: str, tensor: str, spec: Spec | None, dtype: str, axes: str, want: tuple[int, ...]) -> None:
+    """The rules of offset and mask."""
+    if spec is not None:
+        check.same_dtype(name, tensor, spec, dtype, or_float32=True)
+        check.shape(name, tensor, spec, axes, want)

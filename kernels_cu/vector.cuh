@@ -1,0 +1,66 @@
+// Neighbouring elements that one thread moves together: one load, store or atomic addition of up to 16 bytes.
+#pragma once
+#include "platform.cuh"
+
+template <int BYTES> struct Word;
+template <> struct Word<2> { using type = unsigned short; };
+template <> struct Word<4> { using type = unsigned; };
+template <> struct Word<8> { using type = uint2; };
+template <> struct Word<16> { using type = uint4; };
+
+// V elements, at an address aligned to all of them.
+template <typename T, int V> struct Vector {
+  using word_t = typename Word<V * sizeof(T)>::type;
+  word_t word;
+
+  // Zeros where nothing is to be read.
+  __device__ __forceinline__ static Vector load(const T *from, bool valid = true) {
+    Vector vector = {};
+    if (valid) vector.word = *reinterpret_cast<const word_t *>(from);
+    return vector;
+  }
+
+  __device__ __forceinline__ void store(T *to) const { *reinterpret_cast<word_t *>(to) = word; }
+  __device__ __forceinline__ T operator[](int v) const { return reinterpret_cast<const T *>(&word)[v]; }
+  __device__ __forceinline__ void set(int v, T element) { reinterpret_cast<T *>(&word)[v] = element; }
+};
+
+// Adds V sums to memory, each atomically; from sm_90 two or four floats go at once. `to` is aligned to them.
+template <int V, typename A> __device__ __forceinline__ void atomic_add(A *to, const A (&sums)[V]) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) atomicAdd(to + v, sums[v]);
+}
+
+#if __CUDA_ARCH__ >= 900 || !defined(__CUDACC__)
+// CUDA's own atomicAdd of vectors is an `atom`, which returns what was there; a `red` does not wait for it.
+__device__ __forceinline__ void red_add(float2 *to, float2 sums) {
+#if defined(__CUDACC__)
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "f"(sums.x), "f"(sums.y)
+               : "memory");
+#else
+  atomicAdd(to, sums);
+#endif
+}
+
+__device__ __forceinline__ void red_add(float4 *to, float4 sums) {
+#if defined(__CUDACC__)
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(sums.x),
+               "f"(sums.y), "f"(sums.z), "f"(sums.w) : "memory");
+#else
+  atomicAdd(to, sums);
+#endif
+}
+
+template <> __device__ __forceinline__ void atomic_add<2, float>(float *to, const float (&sums)[2]) {
+  red_add(reinterpret_cast<float2 *>(to), make_float2(sums[0], sums[1]));
+}
+
+template <> __device__ __forceinline__ void atomic_add<4, float>(float *to, const float (&sums)[4]) {
+  red_add(reinterpret_cast<float4 *>(to), make_float4(sums[0], sums[1], sums[2], sums[3]));
+}
+
+template <> __device__ __forceinline__ void atomic_add<8, float>(float *to, const float (&sums)[8]) {
+  red_add(reinterpret_cast<float4 *>(to), make_float4(sums[0], sums[1], sums[2], sums[3]));
+  red_add(reinterpret_cast<float4 *>(to + 4), make_float4(sums[4], sums[5], sums[6], sums[7]));
+}
+#endif

@@ -1,0 +1,546 @@
+"""dcnv3, dcnv4 and ms_deform_attn on raw arrays: the CPU path, the emulated kernels, and the real ones if possible."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import reference_aggregate as reference
+import torch
+from aggregate_cases import ATTENTION, BY_NAME, CASES, DCNV3, DCNV4, SMALL, Attention, DCNv3, DCNv4, Windows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operator_case import DTYPES, HALVES, Case, EveryCase, EverySmallCase, agrees_with_float64, error, launched
+
+import cudcn
+from cudcn import emulator, launch
+from cudcn.cuda import aggregate as cuda
+
+PLAIN = [BY_NAME["dcnv3 plain"], BY_NAME["dcnv4 plain"], BY_NAME["ms_deform_attn plain"]]
+SOFTMAX = [BY_NAME["dcnv3 large kernel"], BY_NAME["dcnv4 uneven"], BY_NAME["ms_deform_attn levels apart"]]
+PLACES = {"dcnv3": "offset", "dcnv4": "offset_mask", "ms_deform_attn": "sampling_locations"}
+IMAGE = {"dcnv3": "input", "dcnv4": "input", "ms_deform_attn": "value"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+class TestEveryCase(EveryCase):
+    pass
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+class TestEverySmallCase(EverySmallCase):
+    pass
+
+
+# ---- the CPU path
+
+
+def test_positions_of_half_data_are_float32() -> None:
+    """At column 1000 a half has no room for a fraction."""
+    row = (np.arange(1200, dtype=np.float16) % 2).reshape(1, 1, -1, 1)
+    offset = np.zeros((1, 1, 1200, 2), np.float16)
+    offset[..., 0] = 0.25
+    out = cudcn.dcnv3(row, offset, np.ones((1, 1, 1200, 1), np.float16), kernel_size=1, padding=0, group=1)
+    assert np.array_equal(out[0, 0, :-1, 0], np.where(np.arange(1199) % 2, 0.75, 0.25).astype(np.float16))
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_sums_do_not_depend_on_the_run(case: Case) -> None:
+    tensors, grad_output = case.tensors("float32"), case.grad_output("float32")
+    first, second = case.backward(tensors, grad_output), case.backward(tensors, grad_output)
+    assert all(np.array_equal(first[name], second[name]) for name in tensors if first[name] is not None)
+
+
+@pytest.mark.parametrize("case", SOFTMAX, ids=str)
+def test_a_few_queries_at_a_time(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = case.forward(case.tensors()), case.backward(case.tensors(), case.grad_output())
+    monkeypatch.setattr(case.op.cpu, "_CHUNK", 1)
+    case.close(case.forward(case.tensors()), want[0], "float64")
+    for name, grad in case.backward(case.tensors(), case.grad_output()).items():
+        if grad is not None:
+            case.close(grad, want[1][name], "float64")
+
+
+# ---- either path
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("case", [*PLAIN, *SOFTMAX], ids=str)
+def test_only_the_gradients_that_are_wanted(case: Case) -> None:
+    """Each alone, and in an array of any strides."""
+    tensors, grad_output = tuple(case.tensors("float32").values()), case.grad_output("float32")
+    plan = case.op.planned(tuple(map(cudcn.op.spec, tensors)), **case.op.canonical(**case.attributes))
+    for name, whole in case.backward(case.tensors("float32"), grad_output).items():
+        if whole is None:
+            continue
+        wide = emulator.empty((*whole.shape[:-1], 2 * whole.shape[-1]), whole.dtype)
+        grads = [wide[..., ::2] if name == n else None for n in case.op.tensors]
+        case.op.backward(plan, grads, grad_output, *tensors)
+        case.close(wide[..., ::2], whole, "float32")
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_arrays_of_any_strides_and_alignment(case: Case) -> None:
+    """Each tensor in turn: every other element, and one element further than a vector load would have it."""
+    tensors = case.tensors("float32")
+    want = case.forward(tensors)
+    for name, tensor in tensors.items():
+        strided = np.stack([tensor, tensor * 0 + 3], axis=-1)[..., 0]
+        memory = np.zeros(tensor.size + 1, tensor.dtype)
+        shifted = memory[1:].reshape(tensor.shape)
+        shifted[...] = tensor
+        for array in (strided, shifted):
+            case.close(case.forward({**tensors, name: array}), want, "float32")
+            grads = case.backward({**tensors, name: array}, case.grad_output("float32"))
+            for n, grad in case.backward(tensors, case.grad_output("float32")).items():
+                if grad is not None:
+                    case.close(grads[n], grad, "float32")
+
+
+# ---- the kernels
+
+FINE = [(case, fine) for case in PLAIN for fine in ((), case.op.fine[:1], case.op.fine[1:], case.op.fine)]
+
+
+@pytest.mark.usefixtures("emulated")
+class TestEmulated:
+    @pytest.mark.parametrize(("case", "fine"), FINE, ids=lambda x: "-".join(x) if isinstance(x, tuple) else str(x))
+    @pytest.mark.parametrize("dtype", HALVES)
+    def test_half_types(self, dtype: str, case: Case, fine: tuple[str, ...]) -> None:
+        with emulator.settings(build="fast"):
+            agrees_with_float64(case, dtype, fine)
+
+    def test_checking_build_of_a_half_type(self) -> None:
+        with emulator.settings(build="check", order="reverse"):
+            agrees_with_float64(BY_NAME["dcnv4 plain"], "float16", ("offset_mask",))
+
+    @pytest.mark.parametrize("channels", [1, 2, 3, 8, 12, 24, 40, 264])
+    @pytest.mark.parametrize("dtype", ["float16", "float32"])
+    def test_any_number_of_channels(self, dtype: str, channels: int) -> None:
+        """Rows of 1 to 32 threads, threads without channels, and channels for more than 32 threads."""
+        case = DCNv4(f"{channels} channels", batch=1, size=(3, 3), channels=2 * channels, softmax=True)
+        with emulator.settings(build="fast"):
+            agrees_with_float64(case, dtype)
+
+    def test_every_launched_instance_is_in_the_list(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Which the NVRTC gate compiles for every architecture."""
+        seen = launched(monkeypatch)
+        for dtype in DTYPES:
+            for case in PLAIN:
+                agrees_with_float64(case, dtype)
+        assert len(seen) >= 2 * 2 * len(DTYPES)
+        assert seen <= set(cuda.kernels())
+
+    def test_too_large_for_a_launch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(launch, "LARGEST_GRID", 1)
+        with pytest.raises(ValueError, match=r"dcnv3: .*fewer than 2\*\*31 blocks of threads, got 84 and 2"):
+            PLAIN[0].forward(PLAIN[0].tensors())
+
+    @pytest.mark.parametrize(
+        ("shapes", "starts"),
+        [
+            ([[0, 4], [3, 2]], [0, 20]),
+            ([[5, -4], [3, 2]], [0, 20]),
+            ([[5, 4], [3, 2]], [7, 20]),
+            ([[5, 4], [3, 2]], [-1, 20]),
+            ([[5, 4], [3, 2]], [2**62, 20]),
+            ([[2**31 - 1, 2**31 - 1], [3, 2]], [0, 20]),
+            ([[2**62, 4], [3, 2]], [0, 20]),
+        ],
+    )
+    @pytest.mark.parametrize("build", ["fast", "check"])
+    def test_a_level_outside_the_value_adds_nothing(self, build: str, shapes: Any, starts: Any) -> None:
+        case, grad_output = Attention("levels"), Attention("levels").grad_output()
+        tensors = case.tensors()
+        bad = {**tensors, "spatial_shapes": np.array(shapes), "level_start_index": np.array(starts)}
+        silent = {**tensors, "attention_weights": tensors["attention_weights"].copy()}
+        silent["attention_weights"][:, :, :, 0] = 0
+        with emulator.settings(build=build):
+            case.close(case.forward(bad), case.forward(silent), "float64")
+            grads, want = case.backward(bad, grad_output), case.backward(silent, grad_output)
+        want["attention_weights"][:, :, :, 0] = 0
+        for name in ("value", "sampling_locations", "attention_weights"):
+            case.close(grads[name], want[name], "float64")
+
+
+# ---- other ways to the same numbers
+
+
+def grid_sample(image: Any, x: Any, y: Any) -> Any:
+    """(B, D, Q, S) of an image (B, D, H, W) at positions (B, Q, S) in pixels."""
+    height, width = image.shape[2:]
+    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
+    return torch.nn.functional.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def torch_dcnv3(input: Any, offset: Any, mask: Any, case: Windows) -> Any:
+    a, points = case.canonical, case.points
+    batch, (height, width) = case.batch, case.places()
+    taps = torch.tensor(reference.taps(a["kernel_size"], a["remove_center"]), dtype=torch.float64)
+    pad = a["padding"][0], a["padding"][2]
+    position = []
+    for axis, size in enumerate((height, width)):
+        middle = a["dilation"][axis] * (a["kernel_size"][axis] - 1) // 2
+        query = torch.arange(size) * a["stride"][axis] - pad[axis] + middle * (1 - a["offset_scale"])
+        query = query[:, None, None, None] if axis == 0 else query[None, :, None, None]
+        shift = offset.reshape(batch, height, width, case.group, points, 2)[..., 1 - axis]
+        position.append(query + (taps[:, axis] * a["dilation"][axis] + shift) * a["offset_scale"])
+    y, x = (p.permute(0, 3, 1, 2, 4).reshape(batch * case.group, height * width, points) for p in position)
+    planes = input.permute(0, 3, 1, 2).reshape(batch * case.group, -1, *case.size)
+    weight = mask.reshape(batch, height * width, case.group, points)
+    weight = (weight.softmax(-1) if case.softmax else weight).transpose(1, 2).reshape(-1, 1, height * width, points)
+    summed = (grid_sample(planes, x, y) * weight).sum(-1)
+    return summed.reshape(batch, case.channels, height, width).permute(0, 2, 3, 1)
+
+
+def torch_dcnv4(input: Any, offset_mask: Any, case: DCNv4) -> Any:
+    parts = offset_mask[..., : 3 * case.group * case.points].unflatten(-1, (case.group, 3 * case.points))
+    offset, mask = parts[..., : 2 * case.points], parts[..., 2 * case.points :]
+    return torch_dcnv3(input, offset.flatten(3), mask.flatten(3), case)
+
+
+def torch_ms_deform_attn(value: Any, shapes: Any, starts: Any, locations: Any, weights: Any, case: Attention) -> Any:
+    batch, queries, heads, levels, points = weights.shape
+    weights = weights.flatten(3).softmax(-1).reshape(weights.shape) if case.softmax else weights
+    total = 0
+    for level in range(levels):
+        height, width = (int(size) for size in shapes[level])
+        image = value[:, int(starts[level]) : int(starts[level]) + height * width].permute(0, 2, 3, 1)
+        image = image.reshape(batch * heads, -1, height, width)
+        place = locations[:, :, :, level].transpose(1, 2).reshape(batch * heads, queries, points, 2)
+        weight = weights[:, :, :, level].transpose(1, 2).reshape(batch * heads, 1, queries, points)
+        x, y = place[..., 0] * width - 0.5, place[..., 1] * height - 0.5
+        total = total + (grid_sample(image, x, y) * weight).sum(-1)
+    return total.reshape(batch, -1, queries).transpose(1, 2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_grid_sample(case: Case) -> None:
+    composite = {"dcnv3": torch_dcnv3, "dcnv4": torch_dcnv4, "ms_deform_attn": torch_ms_deform_attn}[case.op.name]
+    tensors = {name: torch.from_numpy(t.copy()) for name, t in case.tensors().items()}
+    wanted = [t.requires_grad_() for t in tensors.values() if t.is_floating_point()]
+    out = composite(*tensors.values(), case)
+    case.close(case.forward(case.tensors()), out.detach().numpy(), "float64")
+    grads = torch.autograd.grad(out, wanted, torch.from_numpy(case.grad_output()))
+    got = [grad for grad in case.backward(case.tensors(), case.grad_output()).values() if grad is not None]
+    for grad, want in zip(got, grads, strict=True):
+        assert error(grad, want.numpy()) <= 1e-11
+
+
+@pytest.mark.parametrize("case", [c for c in DCNV3 if c.offset_scale == 1], ids=str)
+def test_without_offsets_it_is_a_depthwise_convolution(case: DCNv3) -> None:
+    """With one weight per group and tap."""
+    rng = np.random.default_rng(0)
+    kernel, points = case.canonical["kernel_size"], case.points
+    weight = rng.random((case.group, points))
+    raw = np.log(weight) if case.softmax else weight
+    tensors = case.tensors()
+    mask = np.broadcast_to(raw.reshape(-1), tensors["mask"].shape)
+    weight = reference.softmax(raw) if case.softmax else weight
+    filters = np.zeros((case.group, *kernel))
+    for p, (row, column) in enumerate(reference.taps(kernel, case.remove_center)):
+        filters[:, row, column] = weight[:, p]
+    filters = np.repeat(filters, case.channels // case.group, axis=0)[:, None]
+    top, bottom, left, right = case.canonical["padding"]
+    padded = np.pad(tensors["input"], ((0, 0), (top, bottom), (left, right), (0, 0))).transpose(0, 3, 1, 2)
+    want = torch.nn.functional.conv2d(
+        torch.from_numpy(padded), torch.from_numpy(filters), None, case.canonical["stride"], 0,
+        case.canonical["dilation"], case.channels,
+    )  # fmt: skip
+    out = case.forward({**tensors, "offset": np.zeros_like(tensors["offset"]), "mask": mask})
+    case.close(out.transpose(0, 3, 1, 2), want.numpy(), "float64")
+
+
+@pytest.mark.parametrize("case", DCNV4, ids=str)
+def test_dcnv4_is_dcnv3_on_unpacked_tensors(case: DCNv4) -> None:
+    input, packed = case.tensors().values()
+    offset, mask = case.unpacked(packed)
+    case.close(case.forward(case.tensors()), cudcn.dcnv3(input, offset, mask, **case.attributes), "float64")
+    grads = case.backward(case.tensors(), case.grad_output())
+    want = cudcn.dcnv3_backward(case.grad_output(), input, offset, mask, **case.attributes)
+    case.close(grads["input"], want.input, "float64")
+    for got, grad in zip(case.unpacked(grads["offset_mask"]), want[1:], strict=True):
+        case.close(got, grad, "float64")
+    assert not grads["offset_mask"][..., 3 * case.group * case.points :].any()
+
+
+@pytest.mark.parametrize("case", [c for c in DCNV3 if c.offset_scale == 1], ids=str)
+def test_attention_in_one_level_is_dcnv3(case: DCNv3) -> None:
+    """With the taps' positions as locations."""
+    input, offset, mask = case.tensors().values()
+    a, (height, width), (out_height, out_width) = case.canonical, case.size, case.places()
+    taps = np.array(reference.taps(a["kernel_size"], a["remove_center"]))
+    queries = np.stack(np.mgrid[:out_height, :out_width], -1) * a["stride"] - (a["padding"][0], a["padding"][2])
+    shift = offset.reshape(case.batch, out_height, out_width, case.group, case.points, 2)[..., ::-1]
+    position = queries[:, :, None, None] + taps * a["dilation"] + shift
+    locations = ((position + 0.5) / (height, width))[..., ::-1]
+    per_query = (case.batch, out_height * out_width, case.group, 1, case.points)
+    out = cudcn.ms_deform_attn(
+        input.reshape(case.batch, height * width, case.group, -1), np.array([[height, width]]), np.array([0]),
+        locations.reshape(*per_query, 2), mask.reshape(per_query), softmax=case.softmax,
+    )  # fmt: skip
+    assert error(out.reshape(case.output_shape()), case.forward(case.tensors())) <= 1e-11
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("case", [c for c in (*DCNV3, *ATTENTION) if c.softmax], ids=str)
+def test_softmax_inside_is_softmax_outside(case: Any) -> None:
+    name = list(case.op.tensors)[-1]
+    tensors = case.tensors()
+    raw = tensors[name].reshape(*tensors[name].shape[:3], -1)
+    groups = raw.reshape(*raw.shape[:3], case.group, -1) if isinstance(case, DCNv3) else raw
+    weights = reference.softmax(groups).reshape(tensors[name].shape)
+    outside = replace(case, softmax=False)
+    case.close(case.forward(tensors), outside.forward({**tensors, name: weights}), "float64")
+    large = {**tensors, name: tensors[name] + 1e4}
+    assert error(case.forward(large), case.forward(tensors)) <= 1e-10
+
+
+# ---- properties
+
+sizes = st.integers(1, 5)
+
+
+@st.composite
+def any_windows(draw: st.DrawFn) -> Windows:
+    group = draw(st.integers(1, 3))
+    remove_center = draw(st.booleans())
+    kernel = (3, 3) if remove_center else (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    dilation = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    padding = tuple((reach, draw(st.integers(0, 3))) for reach in (dilation[i] * (kernel[i] - 1) for i in (0, 1)))
+    return draw(st.sampled_from([DCNv3, DCNv4]))(
+        f"drawn {draw(st.integers(0, 99))}", batch=draw(sizes), channels=group * draw(st.integers(1, 3)),
+        size=(draw(sizes), draw(sizes)), kernel=kernel, stride=(draw(st.integers(1, 3)), draw(st.integers(1, 3))),
+        padding=padding, dilation=dilation, group=group, offset_scale=draw(st.sampled_from([1.0, 0.5, 2.0, -1.0, 0.0])),
+        remove_center=remove_center, softmax=draw(st.booleans()), reach=draw(st.sampled_from([0.0, 0.5, 3.0, 100.0])),
+    )  # fmt: skip
+
+
+@st.composite
+def any_attention(draw: st.DrawFn) -> Attention:
+    levels = draw(st.lists(st.tuples(sizes, sizes), min_size=1, max_size=3))
+    return Attention(
+        f"drawn {draw(st.integers(0, 99))}", batch=draw(sizes), queries=draw(sizes), heads=draw(st.integers(1, 3)),
+        channels=draw(sizes), sizes=tuple(levels), points=draw(st.integers(1, 4)), softmax=draw(st.booleans()),
+        gap=draw(st.integers(0, 2)),
+    )  # fmt: skip
+
+
+any_case = st.one_of(any_windows(), any_attention())
+
+
+@settings(max_examples=60, deadline=None)
+@given(any_case)
+def test_linear_in_the_image(case: Case) -> None:
+    """The gradient is the adjoint: <grad_image, v> = <grad_output, f(v)>, and the same for weights not normalised."""
+    tensors, grad_output = case.tensors(), case.grad_output()
+    grads = case.backward(tensors, grad_output)
+    product = (grad_output * case.forward(tensors)).sum()
+    linear = [IMAGE[case.op.name]]
+    if case.op.name != "dcnv4" and not case.attributes["softmax"]:
+        linear.append(list(tensors)[-1])
+    for name in linear:
+        assert (grads[name] * tensors[name]).sum() == pytest.approx(product, rel=1e-10, abs=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(any_case)
+def test_images_are_independent(case: Case) -> None:
+    tensors = case.tensors()
+    image = {name: t if name in case.op.constants else t[-1:] for name, t in tensors.items()}
+    np.testing.assert_allclose(case.forward(image), case.forward(tensors)[-1:], rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(any_case)
+def test_emulated_on_any_case(case: Case) -> None:
+    with pytest.MonkeyPatch.context() as device, emulator.settings(build="fast"):
+        device.setenv("CUDCN_DEVICE", "emulator")
+        out = case.forward(case.tensors())
+        grads = case.backward(case.tensors(), case.grad_output())
+    np.testing.assert_allclose(out, case.forward(case.tensors()), rtol=1e-10, atol=1e-10)
+    for name, want in case.backward(case.tensors(), case.grad_output()).items():
+        if want is not None:
+            np.testing.assert_allclose(grads[name], want, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+# ---- the edges
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38, -3e38, 2.0**31, -(2.0**33)])
+def test_places_that_are_nowhere(bad: float, case: Case) -> None:
+    """They sample 0, give the image, themselves and their weight no gradient, and disturb no other sample."""
+    tensors, grad_output = case.tensors("float32"), case.grad_output("float32")
+    name = PLACES[case.op.name]
+    first = case.backward(tensors, grad_output)[name].reshape(-1)[:12]  # places of the first query, in any operator
+    at = np.abs(first).argmax()
+    spoiled = {**tensors, name: tensors[name].copy()}
+    spoiled[name].reshape(-1)[at] = bad
+    far = {**tensors, name: tensors[name].copy()}
+    far[name].reshape(-1)[at] = 1000
+    case.close(case.forward(spoiled), case.forward(far), "float32")
+    grads, want = case.backward(spoiled, grad_output), case.backward(far, grad_output)
+    for n, grad in want.items():
+        if grad is not None:
+            case.close(grads[n], grad, "float32")
+    assert not np.array_equal(case.forward(spoiled), case.forward(tensors))
+    assert grads[name].reshape(-1)[at] == grads[name].reshape(-1)[at ^ 1] == 0
+
+
+@pytest.mark.usefixtures("any_device")
+def test_the_border_cell() -> None:
+    """On an image of ones: 0 at -1 and at H, linear between; the slope at exactly -1 is the right-hand one."""
+    positions = np.array([-1.5, -1.0, -0.25, 0.0, 2.0, 2.75, 3.0, 3.5])
+    values = [0, 0, 0.75, 1, 1, 0.25, 0, 0]
+    slopes = [0, 1, 1, 0, -1, -1, 0, 0]
+    one = np.ones((1, 1, 1, 1))
+    attributes = {"kernel_size": 1, "padding": 0, "stride": 3, "group": 1}
+    for position, value, slope in zip(positions, values, slopes, strict=True):
+        for axis in (0, 1):
+            offset = np.ones((1, 1, 1, 2))
+            offset[..., axis] = position
+            tensors = (np.ones((1, 3, 3, 1)), offset, one)
+            assert cudcn.dcnv3(*tensors, **attributes).item() == value
+            grads = cudcn.dcnv3_backward(one, *tensors, **attributes)
+            assert grads.offset[0, 0, 0, axis] == slope
+            assert grads.mask.item() == value
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_a_nan_pixel_stays_where_it_is(case: Case) -> None:
+    tensors = case.tensors("float32")
+    image, places = IMAGE[case.op.name], PLACES[case.op.name]
+    spoiled = {**tensors, image: np.full_like(tensors[image], np.nan), places: tensors[places].copy()}
+    if isinstance(case, DCNv4):
+        offset, mask = case.unpacked(tensors[places])
+        spoiled[places] = case.packed(np.full_like(offset, 99), mask).astype(np.float32)
+    else:
+        spoiled[places][...] = 99
+    assert not case.forward(spoiled).any()
+    assert not case.backward(spoiled, case.grad_output("float32"))[places].any()
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("case", [c for c in (*DCNV3, *ATTENTION) if c.softmax], ids=str)
+def test_a_nan_logit_is_its_querys_own(case: Any) -> None:
+    tensors = case.tensors()
+    name = list(tensors)[-1]
+    spoiled = {**tensors, name: tensors[name].copy()}
+    spoiled[name].reshape(-1)[0] = np.nan
+    out, want = (case.forward(t).reshape(-1, case.output_shape()[-1]) for t in (spoiled, tensors))
+    assert np.isnan(out[0]).any()
+    assert np.array_equal(out[1:], want[1:])
+
+
+@pytest.mark.usefixtures("any_device")
+def test_nothing_to_do() -> None:
+    for case in PLAIN:
+        empty = replace(case, batch=0)
+        assert empty.forward(empty.tensors()).shape == empty.output_shape()
+        grads = empty.backward(empty.tensors(), empty.grad_output())
+        assert all(grad is None or grad.shape == empty.tensors()[name].shape for name, grad in grads.items())
+    no_queries = Attention("no queries", queries=0)
+    assert no_queries.forward(no_queries.tensors()).shape == (2, 0, 6)
+    assert not no_queries.backward(no_queries.tensors(), no_queries.grad_output())["value"].any()
+
+
+# ---- bad input
+
+f4 = np.float32
+
+
+def zeros(*shape: int, dtype: Any = f4) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+V3 = {"input": zeros(2, 7, 6, 8), "offset": zeros(2, 7, 6, 36), "mask": zeros(2, 7, 6, 18), "group": 2}
+V4 = {"input": zeros(2, 7, 6, 8), "offset_mask": zeros(2, 7, 6, 56), "group": 2}
+ATTENDED = {
+    "value": zeros(2, 26, 2, 3), "spatial_shapes": np.array([[5, 4], [3, 2]]), "level_start_index": np.array([0, 20]),
+    "sampling_locations": zeros(2, 5, 2, 2, 3, 2), "attention_weights": zeros(2, 5, 2, 2, 3),
+}  # fmt: skip
+WINDOWS = [
+    ({"input": zeros(7, 6, 8)}, ValueError, r"input must be \(N, H, W, C\), got shape \(7, 6, 8\)"),
+    ({"input": zeros(2, 7, 6, 9)}, ValueError, r"group must divide input's channels, got 2 and 9"),
+    ({"input": zeros(2, 7, 6, 0)}, ValueError, r"group must divide input's channels, got 2 and 0"),
+    ({"input": zeros(2, 7, 6, 8, dtype=np.int32)}, TypeError, r"input must be float16, .* got int32"),
+    ({"group": 0}, ValueError, r"group must be at least 1 .* got 0"),
+    ({"group": 2.0}, TypeError, r"group must be made of integers, got 2.0"),
+    ({"kernel_size": 0}, ValueError, r"kernel_size must be at least 1 .* got 0"),
+    ({"kernel_size": (3, 3, 3)}, ValueError, r"kernel_size must be an int or a pair"),
+    ({"kernel_size": (10, 3)}, ValueError, r"the output's height would be empty: .* spans 10, .* 9"),
+    ({"dilation": (1, 4)}, ValueError, r"the output's width would be empty: .* spans 9, .* 8"),
+    ({"stride": 0}, ValueError, r"stride must be at least 1 .* got 0"),
+    ({"padding": -1}, ValueError, r"padding must be at least 0 .* got -1"),
+    ({"offset_scale": np.inf}, ValueError, r"offset_scale must be finite, got inf"),
+    ({"offset_scale": "2"}, TypeError, r"offset_scale must be a number, got '2'"),
+    ({"remove_center": True, "kernel_size": 2}, ValueError, r"remove_center needs a square kernel of odd .* \(2, 2\)"),
+    ({"remove_center": True, "kernel_size": (3, 5)}, ValueError, r"remove_center needs a square .* \(3, 5\)"),
+    ({"remove_center": True, "kernel_size": 1}, ValueError, r"remove_center needs a square .* above 1, got"),
+    ({"remove_center": 1}, TypeError, r"remove_center must be True or False, got 1"),
+    ({"softmax": None}, TypeError, r"softmax must be True or False, got None"),
+]
+BAD = [
+    *(("dcnv3", V3, *row) for row in WINDOWS),
+    *(("dcnv4", V4, *row) for row in WINDOWS),
+    *(("dcnv3", V3, *row) for row in [
+        ({"offset": zeros(2, 7, 6, 18)}, ValueError, r"offset must be .* \* 2\) = \(2, 7, 6, 36\), got \(2, 7, 6, 18\)"),
+        ({"offset": zeros(1, 7, 6, 36)}, ValueError, r"offset must be .* = \(2, 7, 6, 36\), got \(1, 7, 6, 36\)"),
+        ({"remove_center": True}, ValueError, r"offset must be .* = \(2, 7, 6, 32\), got \(2, 7, 6, 36\)"),
+        ({"mask": zeros(2, 7, 6, 36)}, ValueError, r"mask must be .* = \(2, 7, 6, 18\), got \(2, 7, 6, 36\)"),
+        ({"mask": zeros(2, 7, 6, 18, dtype=np.float16)}, TypeError, r"mask must be float32 like input, got float16"),
+        ({"offset": zeros(2, 7, 6, 36, dtype=np.float64)}, TypeError, r"offset must be float32 like input, got"),
+        ({"mask": None}, TypeError, r"mask is required, got None"),
+    ]),
+    *(("dcnv4", V4, *row) for row in [
+        ({"offset_mask": zeros(2, 7, 6, 54)}, ValueError, r"offset_mask must be .* = \(2, 7, 6, 56\), got \(2, 7, 6, 54\)"),
+        ({"offset_mask": zeros(2, 7, 6, 56, dtype=np.float64)}, TypeError, r"offset_mask must be float32 like input"),
+    ]),
+    *(("ms_deform_attn", ATTENDED, *row) for row in [
+        ({"value": zeros(2, 26, 6)}, ValueError, r"value must be \(N, S, M, D\), got shape \(2, 26, 6\)"),
+        ({"value": zeros(2, 26, 2, 3, dtype=int)}, TypeError, r"value must be float16, .* got int64"),
+        ({"value": zeros(2, 26, 2, 0)}, ValueError, r"M, D, L and P must be at least 1, got value \(2, 26, 2, 0\)"),
+        ({"value": zeros(3, 26, 2, 3)}, ValueError, r"sampling_locations must be .* = \(3, 5, 2, 2, 3, 2\), got"),
+        ({"spatial_shapes": zeros(2, 2)}, TypeError, r"spatial_shapes must be int32 or int64, got float32"),
+        ({"spatial_shapes": zeros(2, 3, dtype=int)}, ValueError, r"spatial_shapes must be \(L, 2\) = \(2, 2\), got \(2, 3\)"),
+        ({"level_start_index": zeros(3, dtype=int)}, ValueError, r"level_start_index must be \(L,\) = \(2,\), got \(3,\)"),
+        ({"sampling_locations": zeros(2, 5, 2, 2, 3)}, ValueError, r"sampling_locations must be \(N, Q, M, L, P, 2\), got"),
+        ({"sampling_locations": zeros(2, 5, 2, 2, 3, 3)}, ValueError, r"sampling_locations must be .* got \(2, 5, 2, 2, 3, 3\)"),
+        ({"sampling_locations": zeros(2, 5, 2, 1, 3, 2)}, ValueError, r"sampling_locations must be .* = \(2, 5, 2, 2, 3, 2\)"),
+        ({"attention_weights": zeros(2, 5, 2, 2, 4)}, ValueError, r"attention_weights must be .* = \(2, 5, 2, 2, 3\), got"),
+        ({"attention_weights": zeros(2, 5, 2, 2, 3, dtype=np.float64)}, TypeError, r"attention_weights must be float32 like value"),
+        ({"softmax": "yes"}, TypeError, r"softmax must be True or False, got 'yes'"),
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "good", "change", "kind", "message"), BAD, ids=[f"{b[0]} {b[4][:30]}" for b in BAD])
+@pytest.mark.parametrize("device", ["cpu", "emulator"])
+def test_bad_input(
+    name: str,
+    good: dict[str, Any],
+    change: dict[str, Any],
+    kind: type,
+    message: str,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDCN_DEVICE", device)
+    with pytest.raises(kind, match=f"{name}: {message}"):
+        getattr(cudcn, name)(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "starts"),
+    [([[0, 4], [3, 2]], [0, 20]), ([[5, 4], [3, 3]], [0, 20]), ([[5, 4], [3, 2]], [-1, 20])],
+)
+def test_bad_levels(shapes: Any, starts: Any) -> None:
+    bad = {**ATTENDED, "spatial_shapes": np.array(shapes), "level_start_index": np.array(starts)}
+    with pytest.raises(ValueError, match=r"ms_deform_attn: each level must .* inside value's 26, got spatial_shapes"):
+        cudcn.ms_deform_attn(**bad)
