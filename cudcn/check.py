@@ -39,7 +39,7 @@ def finite(op: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
     number = float(value)
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{op}: {name} must be finite, got {value!r}")
     return number
 

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from aggregate_cases import ADAPTED as AGGREGATE
 from deform_conv2d_cases import ADAPTED as DEFORM_CONV2D
 from operator_case import Case, Tensors
+from pooling_cases import ADAPTED as POOLING
 
 import cudcn
 
-CASES: list[Case] = [*DEFORM_CONV2D]
+CASES: list[Case] = [*DEFORM_CONV2D, *POOLING, *AGGREGATE]
 EACH = list({case.op.name: case for case in CASES}.values())  # one case per operator, its last
 PLAIN = next(case for case in DEFORM_CONV2D if case.name == "v2" and case.layout == "NCHW")
 SECOND = "the second derivative is not implemented"

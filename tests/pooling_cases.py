@@ -65,7 +65,7 @@ class PSRoiPool(RoiPooling):
 
     @property
     def attributes(self) -> dict[str, Any]:
-        return {**super().attributes, "group_size": self.group_size}
+        return {"output_size": self.output_size, "spatial_scale": self.spatial_scale, "group_size": self.group_size}
 
     @property
     def groups(self) -> int:
@@ -84,7 +84,10 @@ class DeformRoiPool(RoiPooling):
 
     @property
     def attributes(self) -> dict[str, Any]:
-        return {**super().attributes, "sampling_ratio": self.sampling_ratio, "gamma": self.gamma}
+        return {
+            "output_size": self.output_size, "spatial_scale": self.spatial_scale,
+            "sampling_ratio": self.sampling_ratio, "gamma": self.gamma,
+        }  # fmt: skip
 
     def values(self, random: np.random.Generator) -> Tensors:
         bins = self.canonical["output_size"]
@@ -111,8 +114,8 @@ class DeformPSRoiPool(RoiPooling):
     @property
     def attributes(self) -> dict[str, Any]:
         return {
-            **super().attributes, "group_size": self.group_size, "part_size": self.part_size,
-            "sample_per_part": self.sample_per_part, "trans_std": self.trans_std,
+            "output_size": self.output_size, "spatial_scale": self.spatial_scale, "group_size": self.group_size,
+            "part_size": self.part_size, "sample_per_part": self.sample_per_part, "trans_std": self.trans_std,
         }  # fmt: skip
 
     @property

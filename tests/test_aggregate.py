@@ -179,7 +179,7 @@ def grid_sample(image: Any, x: Any, y: Any) -> Any:
 def torch_dcnv3(input: Any, offset: Any, mask: Any, case: Windows) -> Any:
     a, points = case.canonical, case.points
     batch, (height, width) = case.batch, case.places()
-    taps = torch.tensor(reference.taps(a["kernel_size"], a["remove_center"]), dtype=torch.float64)
+    taps = torch.tensor(reference.taps(a["kernel_size"], a["remove_center"]), dtype=offset.dtype)
     pad = a["padding"][0], a["padding"][2]
     position = []
     for axis, size in enumerate((height, width)):

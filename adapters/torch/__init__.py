@@ -2,10 +2,13 @@
 
 from .. import ops
 from .bind import bind
-from .nn import DeformConv2d, ModulatedDeformConv2d
+from .nn import DCNv3, DCNv4, DeformConv2d, ModulatedDeformConv2d, MSDeformAttn
 
 __all__ = [
+    "DCNv3",
+    "DCNv4",
     "DeformConv2d",
+    "MSDeformAttn",
     "ModulatedDeformConv2d",
     "dcnv3",
     "dcnv3_backward",
