@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/quickstart.py
+	$(BIN)/python examples/roi_pooling.py
 
 test: $(VENV)/test
 	# tests marked gpu are skipped and say so: this environment has no CUDA libraries to run them with
