@@ -3,20 +3,22 @@
 // channels that a thread carries: 16 bytes, or less where the channels of a group or an address ask for it.
 //
 // A row is one query of one group. Its `lanes` threads, a power of two inside one warp, first share out its samples,
-// HELD to a thread: position, weight and the pixels of the four corners are computed once and left in shared memory.
-// Then every thread goes over all of them for its own channels. Rows depend on their warp alone, so that only
-// __syncwarp is needed. A block takes neighbouring queries of one group, numbered column by column in strips of
-// STRIP rows: a square of queries, whose samples share cache lines in L1 as far as offsets allow.
+// HELD to a thread: positions, weights and addresses of the four corners are computed once and left in shared memory.
+// Then every thread goes over all of them for its own channels. Rows depend on their warp alone, so that __syncwarp is
+// all they need. A block takes neighbouring queries of one group, numbered column by column in strips of STRIP rows:
+// a rectangle of queries, whose samples share cache lines in L1 as far as the offsets allow.
 //
-// What bounds it, for dcnv4 at 64 x 56 x 56 x 128, 4 groups, 9 taps, half precision, on an H100:
-//   compulsory bytes   input 51 MB, packed offsets and weights 45 MB, output 51 MB: 148 MB, 49 us at 3.0 TB/s
-//   gathered bytes     9 samples x 4 corners x 51 MB = 1.85 GB out of L1: 64 us at 128 bytes a clock and SM
-//   instructions       a 16-byte load comes with about 3 for its address and validity, 8 conversions and 8 FMAs, 1/4 of
-//                      two shared loads; and 1/4 of what is done once per sample, some 70 over `lanes` threads. About
-//                      25 a load, 116 M loads a launch of 32 lanes: 90 us at 4 warp instructions a clock and SM
-// so it is bound by issue slots, closely followed by L1, and device memory comes third. In float32 a thread carries
-// 4 channels and converts nothing: twice the loads at 14 instructions each, and L1 leads.
-// Backward, a load costs as many FMAs again and 2 red.v4 of 16 bytes: 3.7 GB of float32 sums into L2, which bounds it.
+// What bounds it, by estimate, for dcnv4 at 64 x 56 x 56 x 128, 4 groups, 9 taps, half precision, on an H100 (132 SMs
+// at 1.75 GHz, 3.0 TB/s). A row has 4 lanes, and each of them 36 loads of 16 bytes:
+//   compulsory bytes   input 51 MB, packed offsets and weights 45 MB, output 51 MB: 148 MB, 49 us
+//   gathered bytes     9 samples x 4 corners x 51 MB = 1.85 GB out of L1: 62 us at 128 bytes a clock and SM
+//   instructions       to a load belong 1 address, 1 test, 2 zeros for a corner outside, 8 conversions, 8 FMAs and half
+//                      a load from shared memory; and of the some 90 that a sample takes once, shared by 4 lanes that
+//                      have 9 between them, 7: 29 a load. 3.6 M loads of a warp: 113 us at 4 a clock and SM
+// So issue slots bound it, then L1, then device memory. In float32 a thread carries 4 channels and converts nothing:
+// twice the loads, with about 12 instructions each, and L1 (124 us) comes first.
+// Backward each load has its FMAs for the inner product, and 2 red.v4 with 8 products more: 3.7 GB of float32 sums into
+// L2, which is expected to bound it.
 #include "bilinear.cuh"
 #include "vector.cuh"
 
@@ -166,22 +168,24 @@ template <typename A, typename O, typename Source> struct Samples {
   }
 };
 
-// The row's samples begin .. begin + count, for its threads to go over: the corners' pixels, -1 for none, and weights.
+// The row's samples begin .. begin + count, for its threads to go over: where the corners are, -1 for one outside, and
+// their weights. Corners count in vectors of V channels from the image's first, `pixel` vectors a pixel: in 32 bits,
+// since with 64 the inner loops would spend more on addresses than on loads.
 template <typename A, typename O, typename Source>
 __device__ __forceinline__ void hold(const Samples<A, O, Source> &samples, const Row &row, int begin, int count,
-                                     Four<int> *pixels, Four<A> *weights) {
+                                     int pixel, Four<int> *corners, Four<A> *weights) {
   for (int i = row.lane; i < count; i += row.lanes) {
     const auto sample = samples.at(begin + i);
     const A weight = samples.weight(begin + i);
-    Four<int> pixel;
-    Four<A> corner_weight;
+    Four<int> at;
+    Four<A> share;
 #pragma unroll
-    for (int corner = 0; corner < 4; ++corner) {
-      pixel.of[corner] = sample.cell.valid[corner] ? sample.map.first + int(sample.cell.at[corner]) : -1;
-      corner_weight.of[corner] = weight * sample.cell.weight(corner);
+    for (int k = 0; k < 4; ++k) {
+      at.of[k] = sample.cell.valid[k] ? (sample.map.first + int(sample.cell.at[k])) * pixel : -1;
+      share.of[k] = weight * sample.cell.weight(k);
     }
-    pixels[row.held(i)] = pixel;
-    weights[row.held(i)] = corner_weight;
+    corners[row.held(i)] = at;
+    weights[row.held(i)] = share;
   }
 }
 
@@ -191,33 +195,34 @@ aggregate_forward(const T *__restrict__ value, const O *__restrict__ places, con
                   const long long *__restrict__ shapes, const long long *__restrict__ starts, T *__restrict__ out,
                   Source<arithmetic_t<T>> source, Aggregate p) {
   using A = arithmetic_t<T>;
-  SMEM(Four<int>, held_pixels, [THREADS * HELD]);
+  SMEM(Four<int>, held_corners, [THREADS * HELD]);
   SMEM(Four<A>, held_weights, [THREADS * HELD]);
   const Row row(p);
   const Samples<A, O, Source<A>> samples(row, p, source, places, weights, shapes, starts);
   const int stride = p.groups * p.channels, group = row.group * p.channels;
-  const T *image = value + (long long)row.image * p.pixels * stride + group;
+  const long long image = (long long)row.image * p.pixels * stride + group;
   for (int slab = 0; slab < p.channels; slab += row.lanes * V) {
     const int channel = slab + row.lane * V;
+    const auto *vectors = reinterpret_cast<const Vector<T, V> *>(value + image + channel);
     A sums[V] = {};
     for (int begin = 0; begin < p.samples; begin += row.capacity()) {
       const int count = min(row.capacity(), p.samples - begin);
-      hold(samples, row, begin, count, held_pixels, held_weights);
+      hold(samples, row, begin, count, stride / V, held_corners, held_weights);
       __syncwarp();
       if (channel < p.channels) {
 #pragma unroll 1
         for (int i = 0; i < count; ++i) {
-          const Four<int> pixel = held_pixels[row.held(i)];
+          const Four<int> at = held_corners[row.held(i)];
           const Four<A> weight = held_weights[row.held(i)];
-          Vector<T, V> corners[4];
+          Vector<T, V> pixels[4];
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            corners[k] = Vector<T, V>::load(image + (long long)pixel.of[k] * stride + channel, pixel.of[k] >= 0);
+            pixels[k] = Vector<T, V>::load(vectors + at.of[k], at.of[k] >= 0);
           }
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
 #pragma unroll
-            for (int v = 0; v < V; ++v) sums[v] += weight.of[k] * A(corners[k][v]);
+            for (int v = 0; v < V; ++v) sums[v] += weight.of[k] * A(pixels[k][v]);
           }
         }
       }
@@ -227,7 +232,7 @@ aggregate_forward(const T *__restrict__ value, const O *__restrict__ places, con
       Vector<T, V> result;
 #pragma unroll
       for (int v = 0; v < V; ++v) result.set(v, T(sums[v]));
-      result.store(out + row.query * stride + group + channel);
+      *reinterpret_cast<Vector<T, V> *>(out + row.query * stride + group + channel) = result;
     }
   }
 }
@@ -245,7 +250,7 @@ aggregate_backward(const T *__restrict__ grad_output, const T *__restrict__ valu
                    O *__restrict__ grad_places, O *__restrict__ grad_weights, Source<arithmetic_t<T>> source,
                    Aggregate p) {
   using A = arithmetic_t<T>;
-  SMEM(Four<int>, held_pixels, [THREADS * HELD]);
+  SMEM(Four<int>, held_corners, [THREADS * HELD]);
   SMEM(Four<A>, held_weights, [THREADS * HELD]);
   SMEM(Four<A>, held_products, [THREADS * HELD]);
   const Row row(p);
@@ -262,32 +267,34 @@ aggregate_backward(const T *__restrict__ grad_output, const T *__restrict__ valu
   for (int round = normalised && !together ? 0 : 1; round < 2; ++round) {
     for (int begin = 0; begin < p.samples; begin += row.capacity()) {
       const int count = min(row.capacity(), p.samples - begin);
-      hold(samples, row, begin, count, held_pixels, held_weights);
+      hold(samples, row, begin, count, stride / V, held_corners, held_weights);
       for (int i = row.lane; i < count; i += row.lanes) held_products[row.held(i)] = Four<A>{};
       __syncwarp();
       for (int slab = 0; slab < p.channels; slab += row.lanes * V) {
         const int channel = slab + row.lane * V;
         const bool mine = channel < p.channels;
-        const auto loaded = Vector<T, V>::load(grad_output + row.query * stride + group + channel, mine);
+        const auto *vectors = reinterpret_cast<const Vector<T, V> *>(value + image + channel);
+        auto *sums = reinterpret_cast<A(*)[V]>(grad_value + image + channel);
+        const auto *output = reinterpret_cast<const Vector<T, V> *>(grad_output + row.query * stride + group + channel);
+        const auto loaded = Vector<T, V>::load(output, mine);
         A gradient[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) gradient[v] = A(loaded[v]);
         const bool scatters = grad_value && round == 1 && mine && row.active;
 #pragma unroll 1
         for (int i = 0; i < count; ++i) {
-          const Four<int> pixel = held_pixels[row.held(i)];
+          const Four<int> at = held_corners[row.held(i)];
           if (by_sample) {
-            Vector<T, V> corners[4];
+            Vector<T, V> pixels[4];
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-              const bool valid = mine && pixel.of[k] >= 0;
-              corners[k] = Vector<T, V>::load(value + image + (long long)pixel.of[k] * stride + channel, valid);
+              pixels[k] = Vector<T, V>::load(vectors + at.of[k], mine && at.of[k] >= 0);
             }
             Four<A> products = {};
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
 #pragma unroll
-              for (int v = 0; v < V; ++v) products.of[k] += gradient[v] * A(corners[k][v]);
+              for (int v = 0; v < V; ++v) products.of[k] += gradient[v] * A(pixels[k][v]);
             }
             products = row.sum(products);
             if (row.lane == 0) held_products[row.held(i)] = held_products[row.held(i)] + products;
@@ -300,7 +307,7 @@ aggregate_backward(const T *__restrict__ grad_output, const T *__restrict__ valu
 #pragma unroll
               for (int v = 0; v < V; ++v) share[v] = weight.of[k] * gradient[v];
               // atomic: samples of other rows, in other blocks too, fall on the same pixel
-              if (pixel.of[k] >= 0) atomic_add<V>(grad_value + image + (long long)pixel.of[k] * stride + channel, share);
+              if (at.of[k] >= 0) atomic_add<V>(sums[at.of[k]], share);
             }
           }
         }

@@ -38,7 +38,8 @@ template <typename A> struct Cell {
 
   // Where the image goes on outside as its outermost pixels: for positions from -1 to height, and from -1 to width,
   // this is the cell around the position clamped into the image, and its slopes are 0 along the axes that are clamped.
-  static __device__ __forceinline__ Cell clamped(A y, A x, int height, int width, long long stride_y, long long stride_x) {
+  static __device__ __forceinline__ Cell clamped(A y, A x, int height, int width, long long stride_y,
+                                                 long long stride_x) {
     const A top = floor(y), left = floor(x);
     const int y0 = int(top), x0 = int(left);
     Cell cell;

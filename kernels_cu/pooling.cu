@@ -115,7 +115,8 @@ struct DeformRoI {
   template <typename A> using Sample = Point<A>;
 
   template <typename A>
-  static __device__ __forceinline__ Axis<A> axis(const Pooling &p, A low, A high, int bin, int bins, int length, A offset) {
+  static __device__ __forceinline__ Axis<A> axis(const Pooling &p, A low, A high, int bin, int bins, int length,
+                                                 A offset) {
     const A scale = A(p.spatial_scale);
     const A start = product(low, scale) - A(0.5), size = product(high, scale) - A(0.5) - start;
     const A count = p.samples ? A(p.samples) : ceil(size / A(bins));
@@ -133,7 +134,8 @@ struct DeformPSRoI {
   template <typename A> using Sample = Point<A>;
 
   template <typename A>
-  static __device__ __forceinline__ Axis<A> axis(const Pooling &p, A low, A high, int bin, int bins, int length, A offset) {
+  static __device__ __forceinline__ Axis<A> axis(const Pooling &p, A low, A high, int bin, int bins, int length,
+                                                 A offset) {
     const Extent<A> roi(p, low, high, A(0.5));
     Axis<A> axis;
     axis.unit = product(A(p.offset_scale), roi.size);
@@ -169,7 +171,9 @@ struct Place {
   }
 
   // How many channels there are from the thread's first one on.
-  __device__ __forceinline__ int count(const Pooling &p) const { return (p.class_channels - channel + lanes - 1) / lanes; }
+  __device__ __forceinline__ int count(const Pooling &p) const {
+    return (p.class_channels - channel + lanes - 1) / lanes;
+  }
 
   // The bin's first channel in the output.
   template <typename T> __device__ __forceinline__ T *output(T *base, const Strides &s, const Pooling &p) const {
@@ -213,7 +217,8 @@ template <typename A, typename Kind> struct Bin {
     return (long long)lanes * p.group_rows * p.group_columns * s.c;
   }
 
-  template <typename T> __device__ __forceinline__ T *plane(T *images, const Strides &s, const Pooling &p, int c) const {
+  template <typename T>
+  __device__ __forceinline__ T *plane(T *images, const Strides &s, const Pooling &p, int c) const {
     return images + image * s.n + channel * s.c + step(s, p, c);
   }
 };
@@ -282,8 +287,8 @@ pool_backward_input(const T *__restrict__ grad_output, Strides grad_output_strid
   }
 }
 
-// The gradients of each bin's offset and mask. The lanes of a bin share its channels, and their sums are added in order:
-// the result is always the same. A null `grad_offset` or `grad_mask` is not wanted.
+// The gradients of each bin's offset and mask. The lanes of a bin take turns at its channels, and their sums are added
+// in order, so the result is always the same. A null `grad_offset` or `grad_mask` is not wanted.
 template <typename T, typename Kind>
 __global__ void __launch_bounds__(256, 2)
 pool_backward_offset(const T *__restrict__ grad_output, Strides grad_output_strides, const T *__restrict__ input,

@@ -14,13 +14,12 @@ template <typename T, int V> struct Vector {
   word_t word;
 
   // Zeros where nothing is to be read.
-  __device__ __forceinline__ static Vector load(const T *from, bool valid = true) {
+  __device__ __forceinline__ static Vector load(const Vector *from, bool valid) {
     Vector vector = {};
-    if (valid) vector.word = *reinterpret_cast<const word_t *>(from);
+    if (valid) vector.word = from->word;
     return vector;
   }
 
-  __device__ __forceinline__ void store(T *to) const { *reinterpret_cast<word_t *>(to) = word; }
   __device__ __forceinline__ T operator[](int v) const { return reinterpret_cast<const T *>(&word)[v]; }
   __device__ __forceinline__ void set(int v, T element) { reinterpret_cast<T *>(&word)[v] = element; }
 };

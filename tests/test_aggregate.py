@@ -136,7 +136,7 @@ class TestEmulated:
 
     def test_too_large_for_a_launch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch, "LARGEST_GRID", 1)
-        with pytest.raises(ValueError, match=r"dcnv3: .*fewer than 2\*\*31 blocks of threads, got 84 and 2"):
+        with pytest.raises(ValueError, match=r"dcnv3: on CUDA .*, got 84, 2 and 84"):
             PLAIN[0].forward(PLAIN[0].tensors())
 
     @pytest.mark.parametrize(
@@ -490,7 +490,7 @@ BAD = [
     *(("dcnv3", V3, *row) for row in WINDOWS),
     *(("dcnv4", V4, *row) for row in WINDOWS),
     *(("dcnv3", V3, *row) for row in [
-        ({"offset": zeros(2, 7, 6, 18)}, ValueError, r"offset must be .* \* 2\) = \(2, 7, 6, 36\), got \(2, 7, 6, 18\)"),
+        ({"offset": zeros(2, 7, 6, 18)}, ValueError, r"offset must be .* \* 2\) = \(2, 7, 6, 36\), got .* 18\)"),
         ({"offset": zeros(1, 7, 6, 36)}, ValueError, r"offset must be .* = \(2, 7, 6, 36\), got \(1, 7, 6, 36\)"),
         ({"remove_center": True}, ValueError, r"offset must be .* = \(2, 7, 6, 32\), got \(2, 7, 6, 36\)"),
         ({"mask": zeros(2, 7, 6, 36)}, ValueError, r"mask must be .* = \(2, 7, 6, 18\), got \(2, 7, 6, 36\)"),
@@ -499,7 +499,7 @@ BAD = [
         ({"mask": None}, TypeError, r"mask is required, got None"),
     ]),
     *(("dcnv4", V4, *row) for row in [
-        ({"offset_mask": zeros(2, 7, 6, 54)}, ValueError, r"offset_mask must be .* = \(2, 7, 6, 56\), got \(2, 7, 6, 54\)"),
+        ({"offset_mask": zeros(2, 7, 6, 54)}, ValueError, r"offset_mask must be .* = \(2, 7, 6, 56\), got .* 54\)"),
         ({"offset_mask": zeros(2, 7, 6, 56, dtype=np.float64)}, TypeError, r"offset_mask must be float32 like input"),
     ]),
     *(("ms_deform_attn", ATTENDED, *row) for row in [
@@ -508,13 +508,13 @@ BAD = [
         ({"value": zeros(2, 26, 2, 0)}, ValueError, r"M, D, L and P must be at least 1, got value \(2, 26, 2, 0\)"),
         ({"value": zeros(3, 26, 2, 3)}, ValueError, r"sampling_locations must be .* = \(3, 5, 2, 2, 3, 2\), got"),
         ({"spatial_shapes": zeros(2, 2)}, TypeError, r"spatial_shapes must be int32 or int64, got float32"),
-        ({"spatial_shapes": zeros(2, 3, dtype=int)}, ValueError, r"spatial_shapes must be \(L, 2\) = \(2, 2\), got \(2, 3\)"),
-        ({"level_start_index": zeros(3, dtype=int)}, ValueError, r"level_start_index must be \(L,\) = \(2,\), got \(3,\)"),
-        ({"sampling_locations": zeros(2, 5, 2, 2, 3)}, ValueError, r"sampling_locations must be \(N, Q, M, L, P, 2\), got"),
-        ({"sampling_locations": zeros(2, 5, 2, 2, 3, 3)}, ValueError, r"sampling_locations must be .* got \(2, 5, 2, 2, 3, 3\)"),
-        ({"sampling_locations": zeros(2, 5, 2, 1, 3, 2)}, ValueError, r"sampling_locations must be .* = \(2, 5, 2, 2, 3, 2\)"),
-        ({"attention_weights": zeros(2, 5, 2, 2, 4)}, ValueError, r"attention_weights must be .* = \(2, 5, 2, 2, 3\), got"),
-        ({"attention_weights": zeros(2, 5, 2, 2, 3, dtype=np.float64)}, TypeError, r"attention_weights must be float32 like value"),
+        ({"spatial_shapes": zeros(2, 3, dtype=int)}, ValueError, r"spatial_shapes must be .* = \(2, 2\), got \(2, 3\)"),
+        ({"level_start_index": zeros(3, dtype=int)}, ValueError, r"level_start_index must be .* = \(2,\), got \(3,\)"),
+        ({"sampling_locations": zeros(2, 5, 2, 2, 3)}, ValueError, r"sampling_locations must be \(N, Q, M, L, P, 2\)"),
+        ({"sampling_locations": zeros(2, 5, 2, 2, 3, 3)}, ValueError, r"sampling_locations must be .* got .* 3, 3\)"),
+        ({"sampling_locations": zeros(2, 5, 2, 1, 3, 2)}, ValueError, r"sampling_locations must be .* got .* 3, 2\)"),
+        ({"attention_weights": zeros(2, 5, 2, 2, 4)}, ValueError, r"attention_weights must be .* = .* 2, 3\), got"),
+        ({"attention_weights": zeros(2, 5, 2, 2, 3, dtype=np.float64)}, TypeError, r"attention_weights .* like value"),
         ({"softmax": "yes"}, TypeError, r"softmax must be True or False, got 'yes'"),
     ]),
 ]  # fmt: skip

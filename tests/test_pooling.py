@@ -43,17 +43,21 @@ def test_sums_do_not_depend_on_the_run(case: RoiPooling) -> None:
         assert np.array_equal(first[name], second[name])
 
 
-@pytest.mark.parametrize("name", ["roi_avg_pool plain", "deform_roi_pool adaptive", "deform_psroi_pool more parts"])
+@pytest.mark.parametrize("name", ["psroi_pool plain", "deform_roi_pool adaptive", "deform_psroi_pool fewer parts"])
 def test_blocks_of_any_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from cudcn.cpu import pooling
 
-    case = BY_NAME[name]
+    case = replace(BY_NAME[name], rois=60)
     tensors, grad_output = case.tensors(), case.grad_output()
-    want = case.backward(tensors, grad_output)
+    out, want = case.forward(tensors), case.backward(tensors, grad_output)
     monkeypatch.setattr(pooling, "_BLOCK", 1)  # as many samples as the image has pixels
-    case.close(case.forward(tensors), case.expected(), "float64")
+    case.close(case.forward(tensors), out, "float64")
     for tensor, grad in case.backward(tensors, grad_output).items():
         assert want[tensor] is None or error(grad, want[tensor]) < 1e-14
+    work: list[slice] = []
+    monkeypatch.setattr(pooling, "ordered", lambda _, items, size: work.extend(items) or [])
+    case.forward(tensors)
+    assert len(work) >= 2 * case.batch
 
 
 # ---- the kernels
@@ -315,6 +319,19 @@ def test_offsets_that_point_nowhere(case: RoiPooling, bad: float) -> None:
         assert grad is None or error(grad, want[name]) < 1e-5, name
 
 
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("half", [1e4, 1e7, 1e15, 1e30])
+@pytest.mark.parametrize("case", [*PLAIN, BY_NAME["deform_roi_pool adaptive"]], ids=str)
+def test_rois_around_everything(case: RoiPooling, half: float) -> None:
+    """Their work is that of the image, and what is far too small for a number is 0."""
+    tensors = dict(case.tensors("float32"))
+    tensors["rois"] = np.tile(np.array([0, -half, -half, half, half], f4), (len(tensors["rois"]), 1))
+    start = time.perf_counter()
+    results = [case.forward(tensors), *case.backward(tensors, case.grad_output("float32")).values()]
+    assert time.perf_counter() - start < 20
+    assert all(np.isfinite(result).all() for result in results if result is not None)
+
+
 @pytest.mark.parametrize("bad", [-1, 2, 0.5, np.nan, np.inf, -0.25, 1e30])
 @pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_batch_index_out_of_range(case: RoiPooling, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,6 +367,9 @@ def test_end_before_start() -> None:
     assert cudcn.deform_roi_pool(columns, rois, output_size=1).item() == 0
     ratio = {"output_size": (1, 3), "sampling_ratio": 1}
     assert cudcn.deform_roi_pool(columns, rois, **ratio).ravel().tolist() == pytest.approx([4, 3, 2])
+    for edge, value in ((-0.5, 1), (-0.75, 0), (3.25, 3.75), (8.5, 8), (8.75, 0)):  # no size at all
+        point = np.array([[0, edge, 0.5, edge, 0.5]])
+        assert cudcn.deform_roi_pool(columns + 1, point, **ratio).ravel().tolist() == [value] * 3
 
 
 @pytest.mark.usefixtures("any_device")

@@ -1,8 +1,8 @@
 """The RoI pooling operators on NumPy arrays: the sum over a bin is a row of a sparse matrix.
 
-The bins of one image, class and group read the same channels. Such a piece of the work has one matrix, with a row per
-roi and bin, made in blocks of rows. The image is continued by copies of its outermost pixels: a sample there has the
-value and the slope, none, of one whose position is clamped.
+The rois of one image have a matrix per class, made in blocks of bins. Its columns are the pixels of all groups; a bin's
+entries are among those of its group. A sample whose position is clamped reads the outermost pixel twice: it has that
+pixel's value, and no slope.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from scipy.sparse import csr_array
 
 from ..check import arithmetic
 from .parallel import blocks, ordered
-from .sampling import Sampler, padded, unpadded
 
 if TYPE_CHECKING:
     from ..ops.pooling import Geometry
@@ -51,61 +50,52 @@ def _pieces(g: Geometry, dtype: type, rois: Any, offset: Any, mask: Any) -> Iter
             f"{g.name}: rois[{row}, 0] must be an image's index, a whole number in [0, {g.batch}), got {images[row]}"
         )
     for image in np.unique(images).astype(int):
-        chosen = np.flatnonzero(images == image)
-        for cls, gh, gw in np.ndindex(g.classes, *g.group_size):
-            rows = _share(gh, g.group_size[0], g.output_size[0])
-            columns = _share(gw, g.group_size[1], g.output_size[1])
-            if len(rows) and len(columns):
-                yield _Piece(g, dtype, image, chosen, cls, (gh, gw), rows, columns, rois, offset, mask)
-
-
-def _share(group: int, groups: int, bins: int) -> range:
-    """The bins of a group along one axis: those with floor(bin * groups / bins) == group."""
-    return range(-(-group * bins // groups), -(-(group + 1) * bins // groups))
+        for cls in range(g.classes):
+            yield _Piece(g, dtype, image, np.flatnonzero(images == image), cls, rois, offset, mask)
 
 
 class _Piece:
-    """The bins `rows` x `columns` of the `chosen` rois of one image, for the channels of one class and group.
+    """The bins of the `chosen` rois of one image, for the channels of one class.
 
     Q is the number of bins, and arrays over them are flat, in the order of (roi, row, column).
     """
 
     def __init__(
-        self, g: Geometry, dtype: type, image: int, chosen: np.ndarray, cls: int, group: tuple[int, int],
-        rows: range, columns: range, rois: Any, offset: Any, mask: Any,
-    ) -> None:  # fmt: skip
-        self.g, self.dtype, self.image, self.cls, self.group = g, dtype, image, cls, group
-        self.shape = len(chosen), len(rows), len(columns)
+        self, g: Geometry, dtype: type, image: int, chosen: np.ndarray, cls: int, rois: Any, offset: Any, mask: Any
+    ) -> None:
+        self.g, self.dtype, self.image, self.chosen, self.cls = g, dtype, image, chosen, cls
         channels = g.out_channels // g.classes
         self.channels = slice(cls * channels, (cls + 1) * channels)
-        self.outputs = chosen, self.channels, slice(rows.start, rows.stop), slice(columns.start, columns.stop)
+        self.shape = len(chosen), *g.output_size
 
-        roi, row, column = chosen[:, None, None], np.array(rows)[:, None], np.array(columns)
-        self.bins = roi, cls, row, column
-        self.parts = roi, row * g.part_size[0] // g.output_size[0], column * g.part_size[1] // g.output_size[1]
+        row, column = np.ogrid[: g.output_size[0], : g.output_size[1]]
+        gh, gw = row * g.group_size[0] // g.output_size[0], column * g.group_size[1] // g.output_size[1]
+        self.group = np.broadcast_to(gh * g.group_size[1] + gw, self.shape).ravel()
+        ph, pw = row * g.part_size[0] // g.output_size[0], column * g.part_size[1] // g.output_size[1]
+        self.parts = chosen[:, None, None], ph, pw
         left, top, right, bottom = rois[chosen, 1:].astype(dtype).T[..., None, None]
         with np.errstate(all="ignore"):  # NaN, infinity, and no samples
             self.y = self._axis(top, bottom, row, g.output_size[0], g.height, self._offset(offset, 1))
             self.x = self._axis(left, right, column, g.output_size[1], g.width, self._offset(offset, 0))
-        self.divisor = (self.y.divisor * self.x.divisor)[:, None]
-        self.modulation = None if mask is None else self._by_bin(mask)[self.bins].astype(dtype).reshape(-1, 1)
+            self.divisor = (self.y.divisor * self.x.divisor)[:, None]
+        self.modulation = None if mask is None else self._bins(mask)[chosen, cls].astype(dtype).reshape(-1, 1)
 
     def forward(self, out: Any, input: Any) -> None:
         pixels = self._pixels(input)
         means: Any = np.zeros((len(self.divisor), pixels.shape[1]), self.dtype)
 
         def pool(block: slice) -> None:
-            means[block] = self._sampler(block).value() @ pixels / self.divisor[block]
+            means[block] = self._samples(block).value() @ pixels / self.divisor[block]
 
         for _ in self._in_blocks(pool, pixels):
             pass
         if self.modulation is not None:
             means *= self.modulation
-        out[self.outputs] = means.reshape(*self.shape, -1).transpose(0, 3, 1, 2)
+        out[self.chosen, self.channels] = means.reshape(*self.shape, -1).transpose(0, 3, 1, 2)
 
     def backward(self, grad_output: Any, input: Any, grad_input: Any, offset_sums: Any, grad_mask: Any) -> None:
         pixels = self._pixels(input)
-        gradient = grad_output[self.outputs].astype(self.dtype).transpose(0, 2, 3, 1)
+        gradient = grad_output[self.chosen, self.channels].astype(self.dtype).transpose(0, 2, 3, 1)
         grad_means = gradient.reshape(len(self.divisor), -1) / self.divisor
         grad_sums = grad_means if self.modulation is None else grad_means * self.modulation
         shifts: Any = np.zeros((2, len(grad_sums)), self.dtype)
@@ -113,27 +103,27 @@ class _Piece:
 
         def differentiate(block: slice) -> Any:
             """This block's share of the pixels' gradient; offset and mask are its own to write."""
-            sampler = self._sampler(block)
+            samples = self._samples(block)
             if offset_sums is not None:
-                for axis, slope, line in ((0, sampler.slope_x, self.x), (1, sampler.slope_y, self.y)):
+                for axis, slope, line in ((0, samples.slope_x, self.x), (1, samples.slope_y, self.y)):
                     shifts[axis, block] = _dot(slope() @ pixels, grad_sums[block]) * line.unit[block]
             if grad_mask is not None:
-                modulations[block] = _dot(sampler.value() @ pixels, grad_means[block])
-            return None if grad_input is None else sampler.value().T @ grad_sums[block]
+                modulations[block] = _dot(samples.value() @ pixels, grad_means[block])
+            return None if grad_input is None else samples.value().T @ grad_sums[block]
 
-        total = np.zeros_like(pixels)
+        total = None
         for share in self._in_blocks(differentiate, pixels):
-            if share is not None:
-                total += share
-        if grad_input is not None:
-            self._planes(grad_input)[...] = self._image(total)
+            total = share if total is None else np.add(total, share, out=total)
+        if total is not None:
+            planes = self._planes(grad_input)
+            planes[...] = total.reshape(planes.shape)
         if offset_sums is not None:
             for axis in (0, 1):  # several bins may share a part
                 np.add.at(offset_sums[:, 2 * self.cls + axis], self.parts, shifts[axis].reshape(self.shape))
         if grad_mask is not None:
-            self._by_bin(grad_mask)[self.bins] = modulations.reshape(self.shape)
+            self._bins(grad_mask)[self.chosen, self.cls] = modulations.reshape(self.shape)
 
-    def _by_bin(self, mask: Any) -> Any:
+    def _bins(self, mask: Any) -> Any:
         """(R, classes, PH, PW), a view."""
         return mask.reshape(self.g.rois, self.g.classes, *self.g.output_size)
 
@@ -175,29 +165,14 @@ class _Piece:
         return _Axis(*integers, *(a.astype(dtype, copy=False) for a in arrays))
 
     def _planes(self, images: Any) -> Any:
-        """(C, H, W) of the channels that the piece reads, a view."""
+        """(groups, H, W, C) of the class's channels, a view."""
         g = self.g
-        split = images[self.image].reshape(g.out_channels, *g.group_size, g.height, g.width)
-        return split[self.channels, self.group[0], self.group[1]]
+        return images[self.image].reshape(g.out_channels, -1, g.height, g.width)[self.channels].transpose(1, 2, 3, 0)
 
     def _pixels(self, input: Any) -> np.ndarray:
-        """(pixels, C), as the columns of the matrix have them."""
+        """(groups * H * W, C)"""
         planes = self._planes(input)
-        if self.g.bins == "Average":
-            return np.ascontiguousarray(planes.transpose(1, 2, 0), self.dtype).reshape(-1, len(planes))
-        return padded(np.pad(planes, ((0, 0), (1, 1), (1, 1)), "edge"), self.dtype)
-
-    def _image(self, pixels: np.ndarray) -> np.ndarray:
-        """The adjoint of `_pixels`, which it overwrites: (C, H, W)."""
-        g = self.g
-        if g.bins == "Average":
-            return pixels.T.reshape(-1, g.height, g.width)
-        image = unpadded(pixels, g.height + 2, g.width + 2)
-        image[:, 1] += image[:, 0]
-        image[:, -2] += image[:, -1]
-        image[:, :, 1] += image[:, :, 0]
-        image[:, :, -2] += image[:, :, -1]
-        return image[:, 1:-1, 1:-1]
+        return np.ascontiguousarray(planes, self.dtype).reshape(-1, planes.shape[-1])
 
     def _in_blocks(self, work: Callable[[slice], Any], pixels: np.ndarray) -> Iterable[Any]:
         """The results of `work` on blocks of bins that have about as many samples, in order."""
@@ -210,21 +185,20 @@ class _Piece:
         edges = [0, *np.unique([*(ends[:-1] + 1), len(last)])]
         return ordered(work, [slice(*edge) for edge in pairwise(edges)], size * int(last[-1]))
 
-    def _sampler(self, block: slice) -> Any:
+    def _samples(self, block: slice) -> _Samples:
+        g = self.g
         y, x = (_Axis(*(a[block] for a in axis)) for axis in (self.y, self.x))
         columns = x.end - x.begin
         counts = (y.end - y.begin) * columns
         first = np.concatenate([[0], np.cumsum(counts)])
         bins = np.repeat(np.arange(len(counts)), counts)
-        row, column = np.divmod(np.arange(first[-1]) - first[bins], columns[bins])
-        row, column = row + y.begin[bins], column + x.begin[bins]
-        if self.g.bins == "Average":
-            return _Pixels(row * self.g.width + column, first, self.g.height * self.g.width, self.dtype)
-        places = np.stack([
-            np.minimum(y.origin[bins] + row.astype(self.dtype) * y.spacing[bins], self.g.height - 1),
-            np.minimum(x.origin[bins] + column.astype(self.dtype) * x.spacing[bins], self.g.width - 1),
-        ])  # fmt: skip
-        return Sampler(places + 1, self.g.height + 2, self.g.width + 2, first)
+        i, j = np.divmod(np.arange(first[-1]) - first[bins], columns[bins])
+        top, bottom, down = y.pixels(i, bins, g.height)
+        left, right, across = x.pixels(j, bins, g.width)
+        rows = self.group[block][bins] * g.height
+        corners = [(top, left)] if g.bins == "Average" else [(top, left), (top, right), (bottom, left), (bottom, right)]
+        indices = np.stack([(rows + y) * g.width + x for y, x in corners], -1)
+        return _Samples(first, indices, g.channels // g.out_channels * g.height * g.width, down, across)
 
 
 class _Axis(NamedTuple):
@@ -237,18 +211,44 @@ class _Axis(NamedTuple):
     unit: np.ndarray  # an offset of 1, in pixels; 0 where there are no samples
     divisor: np.ndarray
 
+    def pixels(self, i: np.ndarray, bins: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The two pixels around the i-th sample of each of `bins`, and how far it is from the first to the second."""
+        number = (i + self.begin[bins]).astype(self.origin.dtype)
+        position = self.origin[bins] + number * self.spacing[bins]
+        cell = np.floor(position)
+        pixel = cell.astype(np.int64)
+        return np.clip(pixel, 0, length - 1), np.clip(pixel + 1, 0, length - 1), position - cell
 
-class _Pixels(NamedTuple):
-    """A `Sampler` of whole pixels."""
 
-    indices: np.ndarray
+class _Samples(NamedTuple):
+    """The matrix of the sums over each bin's samples, which are those from first[bin] to first[bin + 1]."""
+
     first: np.ndarray
+    indices: np.ndarray  # (samples, corners): 1, or top left, top right, bottom left and bottom right
     pixels: int
-    dtype: type
+    down: np.ndarray  # distances from the top left corner
+    across: np.ndarray
+
+    def _matrix(self, *weights: np.ndarray) -> csr_array:
+        corners, data = len(weights), np.stack(weights, -1).ravel()
+        index = np.int32 if max(self.pixels, data.size) < 2**31 else np.int64
+        indices, first = self.indices.ravel().astype(index), (corners * self.first).astype(index)
+        return csr_array((data, indices, first), shape=(len(first) - 1, self.pixels))
 
     def value(self) -> csr_array:
-        ones: Any = np.ones(len(self.indices), self.dtype)
-        return csr_array((ones, self.indices, self.first), shape=(len(self.first) - 1, self.pixels))
+        bottom, right = self.down, self.across
+        if self.indices.shape[1] == 1:
+            return self._matrix(np.ones_like(bottom))
+        top, left = 1 - bottom, 1 - right
+        return self._matrix(top * left, top * right, bottom * left, bottom * right)
+
+    def slope_y(self) -> csr_array:
+        left, right = 1 - self.across, self.across
+        return self._matrix(-left, -right, left, right)
+
+    def slope_x(self) -> csr_array:
+        top, bottom = 1 - self.down, self.down
+        return self._matrix(-top, top, -bottom, bottom)
 
 
 def _round(value: np.ndarray) -> np.ndarray:

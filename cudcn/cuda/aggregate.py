@@ -17,18 +17,23 @@ from ..check import LARGEST, arithmetic
 from ..launch import CTYPES, Kernel, ctype
 
 if TYPE_CHECKING:
-    from ..ops.aggregate import Attention, Windows
-
-    Geometry = Windows | Attention
+    from ..ops.aggregate import Geometry
 
 _THREADS = 128
-_AGGREGATE = np.dtype(
-    [(n, np.int64) for n in ("places_query", "places_group", "weights_query", "weights_group", "weights_first")]
-    + [(n, np.int32) for n in "images height width pixels groups channels samples softmax packed".split()],
-    align=True,
+
+
+def _layout(*parts: tuple[str, type]) -> np.dtype:
+    """Of a C++ struct: names and their type."""
+    return np.dtype([(name, dtype) for names, dtype in parts for name in names.split()], align=True)
+
+
+_AGGREGATE = _layout(
+    ("places_query places_group weights_query weights_group weights_first", np.int64),
+    ("images height width pixels groups channels samples softmax packed", np.int32),
 )
-_TAPS = "height width kernel_h left_out stride_h stride_w top left dilation_h dilation_w center_h center_w".split()
-_LEVELS = np.dtype([("points", np.int32), ("pixels", np.int32)])
+_INTEGERS = "height width kernel_h left_out stride_h stride_w top left dilation_h dilation_w center_h center_w"
+_TAPS = {dtype: _layout(("scale", dtype), (_INTEGERS, np.int32)) for dtype in (np.float32, np.float64)}
+_LEVELS = _layout(("points pixels", np.int32))
 
 
 def kernels() -> list[Kernel]:
@@ -58,8 +63,8 @@ def backward(g: Geometry, grads: Any, grad_output: Any, *tensors: Any) -> None:
         targets = [call.target(grad, dtype) for grad, dtype in zip(wanted, dtypes, strict=False)]
         if targets[0] is not None:
             targets[0].fill(0)
-        if g.packed and targets[1] is not None:
-            g.unused(targets[1])[...] = 0
+        if (unused := g.unused(*targets)) is not None:
+            unused[...] = 0
         call.launch("backward", [device.xp.ascontiguousarray(grad_output)], [*targets, None][:3])
         for grad, target in zip(wanted, targets, strict=True):
             if target is not grad:
@@ -79,7 +84,7 @@ class _Call:
         self.levels = [xp.ascontiguousarray(t.astype(np.int64, copy=False)) for t in levels] or [None, None]
 
     def target(self, array: Any, dtype: Any) -> Any:
-        """Where a kernel writes what `array` is to hold: the array itself if it is contiguous, aligned and of `dtype`."""
+        """Where a kernel writes `array`'s elements: there, if they are contiguous, aligned and of `dtype`."""
         if array is None or (array.dtype == dtype and array.flags.c_contiguous and _address(array) % 16 == 0):
             return array
         return self.device.empty(array.shape, dtype)
@@ -91,15 +96,17 @@ class _Call:
         lanes = min(32, 1 << (-(-g.group_channels // vector) - 1).bit_length())
         rows = _THREADS // lanes
         grid = -(-queries // rows) * g.groups
-        if queries > LARGEST or grid > launch.LARGEST_GRID:
+        image_vectors = g.pixels * g.groups * g.group_channels // vector
+        if queries > LARGEST or grid > launch.LARGEST_GRID or image_vectors > LARGEST:
             raise ValueError(
-                f"{g.name}: all images' output pixels, or queries, must be fewer than 2**31, and need fewer than 2**31 "
-                f"blocks of threads, got {queries} and {grid}"
+                f"{g.name}: on CUDA all images together must have fewer than 2**31 queries and take fewer than 2**31 "
+                f"blocks of threads, and one image must have fewer than 2**31 vectors of {vector} channels, "
+                f"got {queries}, {grid} and {image_vectors}"
             )
         kernel = _kernel(name, ctype(image), ctype(self.places), g.source, vector)
         self.device.launch(
             kernel, grid, (lanes, rows), *inputs, image, self.places, self.weights, *self.levels, *outputs,
-            _source(g, arithmetic(image)), np.array(self._aggregate(), _AGGREGATE),
+            _source(g, arithmetic(image)), self._aggregate(),
         )  # fmt: skip
 
     def _vector(self, arrays: list[Any]) -> int:
@@ -111,7 +118,8 @@ class _Call:
             if self.g.group_channels % v == 0 and all(_address(a) % (v * size) == 0 for a in arrays)
         )
 
-    def _aggregate(self) -> tuple[int, ...]:
+    def _aggregate(self) -> np.ndarray:
+        """The kernels' struct of that name."""
         g = self.g
         samples = g.levels * g.points
         if g.packed:
@@ -119,7 +127,8 @@ class _Call:
             steps = per_query, per_group, per_query, per_group, 2 * samples
         else:
             steps = 2 * samples * g.groups, 2 * samples, samples * g.groups, samples, 0
-        return *steps, g.batch, *g.queries, g.pixels, g.groups, g.group_channels, samples, g.softmax, g.packed
+        sizes = g.batch, *g.queries, g.pixels, g.groups, g.group_channels, samples, g.softmax, g.packed
+        return np.array((*steps, *sizes), _AGGREGATE)
 
 
 def _vectors(itemsize: int) -> list[int]:
@@ -128,14 +137,12 @@ def _vectors(itemsize: int) -> list[int]:
 
 
 def _source(g: Any, dtype: type) -> np.ndarray:
-    """The kernel's struct `Levels` or `Taps`, which turns places into positions."""
+    """The kernels' struct `Levels` or `Taps`, which turns places into positions."""
     if g.source == "Levels":
         return np.array((g.points, g.pixels), _LEVELS)
     left_out = g.points // 2 if g.remove_center else g.points
-    values = (
-        g.offset_scale, g.height, g.width, g.kernel[0], left_out, *g.stride, *g.padding, *g.dilation, *g.center,
-    )  # fmt: skip
-    return np.array(values, [("scale", dtype), *((name, np.int32) for name in _TAPS)])
+    integers = g.height, g.width, g.kernel[0], left_out, *g.stride, *g.padding, *g.dilation, *g.center
+    return np.array((g.offset_scale, *integers), _TAPS[dtype])
 
 
 def _kernel(name: str, data: str, places: str, source: str, vector: int) -> Kernel:

@@ -81,9 +81,9 @@ class Windows:
     def by_group(self, image: Any) -> Any:
         return image.reshape(*image.shape[:3], self.groups, self.group_channels)
 
-    def unused(self, offset_mask: Any) -> Any:
-        """The channels of dcnv4's packed tensor that hold nothing."""
-        return offset_mask[..., self.groups * self.points * 3 :]
+    def unused(self, input: Any, offset: Any, *_: Any) -> Any:
+        """The channels of dcnv4's packed tensor that hold nothing; None if there are none."""
+        return offset[..., self.groups * self.points * 3 :] if self.packed and offset is not None else None
 
     def images(self, input: np.ndarray, *_: np.ndarray) -> list[Level]:
         return [Level(0, self.height, self.width)]
@@ -91,20 +91,16 @@ class Windows:
     def plane(self, image: np.ndarray, level: Level) -> np.ndarray:
         return image
 
-    def origins(self, rows: slice, dtype: type) -> np.ndarray:
-        """(2, queries, P), y before x: where the samples of these rows of queries lie with offsets of 0."""
-        width = self.queries[1]
-        query = np.stack(np.divmod(np.arange(rows.start * width, rows.stop * width), width))
+    def origin(self, axis: int, rows: slice, dtype: type) -> Any:
+        """Where samples lie with offsets of 0, y (axis 0) or x of them, broadcasting to (*queries, G, P)."""
         tap = np.arange(self.points + self.remove_center)
         if self.remove_center:
             tap = np.delete(tap, self.points // 2)
-        tap_x, tap_y = np.divmod(tap, self.kernel[0])
-        stride, padding, center, dilation = (
-            np.array(pair)[:, None] for pair in (self.stride, self.padding, self.center, self.dilation)
-        )
-        middle = (query * stride - padding + center).astype(dtype)
-        around = (np.stack([tap_y, tap_x]) * dilation - center).astype(dtype) * dtype(self.offset_scale)
-        return middle[:, :, None] + around[:, None]
+        tap = np.divmod(tap, self.kernel[0])[1 - axis] * self.dilation[axis] - self.center[axis]
+        query = np.arange(rows.start, rows.stop) if axis == 0 else np.arange(self.queries[1])
+        middle: np.ndarray = (query * self.stride[axis] - self.padding[axis] + self.center[axis]).astype(dtype)
+        around = tap.astype(dtype) * dtype(self.offset_scale)
+        return middle.reshape((-1, 1, 1, 1) if axis == 0 else (-1, 1, 1)) + around
 
     def scale(self, level: Level) -> tuple[float, float]:
         return self.offset_scale, self.offset_scale
@@ -196,6 +192,9 @@ class Attention:
     def by_group(self, output: Any) -> Any:
         return output.reshape(*output.shape[:2], 1, self.groups, self.group_channels)
 
+    def unused(self, *_: Any) -> Any:
+        return None
+
     def images(self, value: np.ndarray, shapes: np.ndarray, starts: np.ndarray, *_: np.ndarray) -> list[Level]:
         levels = [Level(int(first), int(h), int(w)) for first, (h, w) in zip(starts, shapes, strict=True)]
         for first, height, width in levels:
@@ -207,11 +206,15 @@ class Attention:
         return levels
 
     def plane(self, image: np.ndarray, level: Level) -> np.ndarray:
-        return image[level.first : level.first + level.height * level.width].reshape(level.height, level.width, -1)
+        pixels = image[level.first : level.first + level.height * level.width]
+        return pixels.reshape(level.height, level.width, *image.shape[1:])
 
-    def origins(self, rows: slice, dtype: type) -> np.ndarray:
-        """A location is in parts of the level, from its upper left edge; half a pixel from there is a pixel's centre."""
-        return np.full((2, 1, 1), -0.5, dtype)
+    def origin(self, axis: int, rows: slice, dtype: type) -> Any:
+        """Locations begin at the upper left edge of the first pixel, half a pixel before its centre."""
+        return dtype(-0.5)
 
     def scale(self, level: Level) -> tuple[float, float]:
         return level.height, level.width
+
+
+Geometry = Windows | Attention
