@@ -32,7 +32,9 @@ _AGGREGATE = _layout(
     ("images height width pixels groups channels samples softmax packed", np.int32),
 )
 _INTEGERS = "height width kernel_h left_out stride_h stride_w top left dilation_h dilation_w center_h center_w"
-_TAPS = {dtype: _layout(("scale", dtype), (_INTEGERS, np.int32)) for dtype in (np.float32, np.float64)}
+_TAPS: dict[type, np.dtype] = {
+    dtype: _layout(("scale", dtype), (_INTEGERS, np.int32)) for dtype in (np.float32, np.float64)
+}
 _LEVELS = _layout(("points pixels", np.int32))
 
 
@@ -142,7 +144,8 @@ def _source(g: Any, dtype: type) -> np.ndarray:
         return np.array((g.points, g.pixels), _LEVELS)
     left_out = g.points // 2 if g.remove_center else g.points
     integers = g.height, g.width, g.kernel[0], left_out, *g.stride, *g.padding, *g.dilation, *g.center
-    return np.array((g.offset_scale, *integers), _TAPS[dtype])
+    with np.errstate(over="ignore"):  # a scale beyond float32 is infinite, as on the CPU
+        return np.array((g.offset_scale, *integers), _TAPS[dtype])
 
 
 def _kernel(name: str, data: str, places: str, source: str, vector: int) -> Kernel:
