@@ -58,20 +58,20 @@ def backward(
             sampler = _sampler(g, offset[n], part, group, dtype)
             pixels = padded(input[n, channels], dtype)
             grad_samples = grad_columns[group]
-            samples = sampler.value() @ pixels
-            if mask is not None:
-                modulation = _modulation(g, mask, n, part, group)
+            modulation = _modulation(g, mask, n, part, group)
+            if grad_offset is not None or grad_mask is not None:
+                value, slope_y, slope_x = (p.reshape(-1, g.taps).T for p in sampler.products(pixels, grad_samples))
+                scale = 1 if modulation is None else modulation.T
                 if grad_mask is not None:
-                    _taps(g, grad_mask[n], group, 1)[:, 0, part] = _dot(g, samples, grad_samples)
-                samples = samples * modulation.reshape(-1, 1)
-                grad_samples = grad_samples * modulation.reshape(-1, 1)
-            if grad_offset is not None:
-                places = _taps(g, grad_offset[n], group, 2)
-                places[:, 0, part] = _dot(g, sampler.slope_y() @ pixels, grad_samples)
-                places[:, 1, part] = _dot(g, sampler.slope_x() @ pixels, grad_samples)
+                    _taps(g, grad_mask[n], group, 1)[:, 0, part] = value
+                if grad_offset is not None:
+                    places = _taps(g, grad_offset[n], group, 2)
+                    places[:, 0, part], places[:, 1, part] = slope_y * scale, slope_x * scale
+            operator = sampler.value(modulation)
             if grad_input is not None:
-                grad_pixels.append(sampler.value().T @ grad_samples)
-            columns.append(samples)
+                grad_pixels.append(operator.T @ grad_samples)
+            if grad_weight is not None:
+                columns.append(operator @ pixels)
         share = None if grad_weight is None else grad_product @ _by_group(g, _joined(g, columns))
         return n, grad_pixels, share
 
@@ -123,11 +123,6 @@ def _sampler(g: Geometry, offset: np.ndarray, part: slice, group: int, dtype: ty
 def _modulation(g: Geometry, mask: Any, n: int, part: slice, group: int) -> Any:
     """(Q, K), or None."""
     return None if mask is None else _taps(g, mask[n], group, 1)[:, 0, part].T
-
-
-def _dot(g: Geometry, samples: np.ndarray, grad_samples: np.ndarray) -> np.ndarray:
-    """The sum over channels, as (K, Q)."""
-    return np.einsum("rc,rc->r", samples, grad_samples).reshape(-1, g.taps).T
 
 
 def _matrix(g: Geometry, weight: np.ndarray, dtype: type) -> np.ndarray:

@@ -1,8 +1,7 @@
 """Bilinear sampling as a sparse matrix: each row holds the four weights of one sample.
 
-Its product with the pixels samples, its transpose scatters gradients, and the same pattern with the weights'
-derivatives gives slopes. Pixels come from `padded`: a border of zeros stands for all that is outside the image,
-so no corner needs a test of its own and a NaN in the image stays where it is.
+Its product with the pixels samples, its transpose scatters gradients. Pixels come from `padded`: a border of zeros
+stands for all that is outside the image, so no corner needs a test of its own and a NaN in the image stays where it is.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ def unpadded(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 class Sampler:
     """The sampling operator at `places` (2, ...), y and x in pixels, of an image (height, width).
 
-    `value() @ pixels` has one row per place, in C order; so have the slopes along y and x. With `first`, row r is the
-    sum over the places first[r] to first[r + 1]. With several `planes`, an axis of `places` before its last counts
+    `value() @ pixels` has one row per place, in C order. With `first`, row r is the sum over the places first[r] to
+    first[r + 1]. With several `planes`, an axis of `places` before its last counts
     them, and the pixels of all planes at (y, x) are rows one after another, as in (pixels, planes * C).
     """
 
@@ -61,28 +60,16 @@ class Sampler:
         self._indices = corners.ravel()
         self._rows = 4 * (np.arange(self._y.size + 1) if first is None else first).astype(index)
 
-    def _matrix(self, *weights: np.ndarray) -> csr_array:
-        """The operator with these weights at the corners top left, top right, bottom left, bottom right."""
-        data = np.empty((self._y.size, 4), self._y.dtype)
-        for corner, weight in enumerate(weights):
-            data[:, corner] = weight
-        return csr_array((data.ravel(), self._indices, self._rows), shape=(self._rows.size - 1, self._pixels))
-
     def value(self, modulation: np.ndarray | None = None) -> csr_array:
         """Samples, each times its `modulation`."""
         bottom, right = self._y, self._x
         top, left = 1 - bottom, 1 - right
         if modulation is not None:
             top, bottom = top * modulation.ravel(), bottom * modulation.ravel()
-        return self._matrix(top * left, top * right, bottom * left, bottom * right)
-
-    def slope_y(self) -> csr_array:
-        left, right = 1 - self._x, self._x
-        return self._matrix(-left, -right, left, right)
-
-    def slope_x(self) -> csr_array:
-        top, bottom = 1 - self._y, self._y
-        return self._matrix(-top, top, -bottom, bottom)
+        data = np.empty((self._y.size, 4), self._y.dtype)
+        for corner, (row, column) in enumerate(((top, left), (top, right), (bottom, left), (bottom, right))):
+            np.multiply(row, column, out=data[:, corner])
+        return csr_array((data.ravel(), self._indices, self._rows), shape=(self._rows.size - 1, self._pixels))
 
     def products(self, pixels: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The inner products of each sample, and of its slopes along y and x, with its row's vector.
