@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import json
 import shutil
 import subprocess
@@ -122,10 +123,9 @@ def _with_site_packages() -> str:
     return f"import sys; sys.path.append({str(Path(numpy.__file__).parent.parent)!r})\n"
 
 
-def test_docstring_examples_run() -> None:
-    from cudcn.ops import deform_conv2d
-
-    outcome = doctest.testmod(deform_conv2d)
+@pytest.mark.parametrize("name", [name for name in cudcn.__all__ if not name.endswith("_backward")])
+def test_docstring_examples_run(name: str) -> None:
+    outcome = doctest.testmod(importlib.import_module(f"cudcn.ops.{name}"))
     assert outcome.attempted > 0
     assert outcome.failed == 0
 
