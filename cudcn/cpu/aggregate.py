@@ -19,7 +19,7 @@ from .sampling import Sampler, padded, unpadded
 if TYPE_CHECKING:
     from ..ops.aggregate import Geometry, Level
 
-_CHUNK = 1 << 17  # samples of one level
+_CHUNK = 1 << 16  # samples of one level
 
 
 def forward(g: Geometry, out: Any, *tensors: Any) -> None:
