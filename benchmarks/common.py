@@ -14,31 +14,31 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSES = ("forward", "forward+backward")
-PAUSE = 0.002  # seconds
+PAUSE = 0.05  # seconds
+TURN = 3  # calls
 
 
-def interleaved(
-    functions: dict[str, Callable[[], Any]], seconds: float, least: int = 5, most: int = 200
-) -> dict[str, list[float]]:
+def interleaved(functions: dict[str, Callable[[], Any]], seconds: float, least: int = 5) -> dict[str, list[float]]:
     """Milliseconds of each call.
 
-    The contestants take turns, in another order each round, so that noise and what the one before has left
-    behind hit all alike; a pause lets its idle threads stop spinning.
+    The contestants take turns, in another order each round, so that noise hits all alike. A turn begins with a
+    pause, in which the threads of the one before stop spinning, and a call that is not counted, which wakes its own.
     """
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     order, random = list(functions), Random(0)
-    end = time.perf_counter() + seconds
-    for done in range(most):
-        if done >= least and time.perf_counter() > end:
-            break
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < least or time.perf_counter() < end:
         random.shuffle(order)
         for name in order:
             time.sleep(PAUSE)
-            start = time.perf_counter()
             functions[name]()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            for _ in range(TURN):
+                start = time.perf_counter()
+                functions[name]()
+                times[name].append((time.perf_counter() - start) * 1e3)
+        rounds += 1
     return times
 
 
