@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 from aggregate_cases import ADAPTED as AGGREGATE
 from deform_conv2d_cases import ADAPTED as DEFORM_CONV2D
 from operator_case import Case, Tensors
@@ -60,3 +61,11 @@ def check_tensors_by_position(adapter: Any, case: Case, make: Callable[[Any], An
     first, *rest = given
     assert_close(function(*given.values(), **case.attributes), want)
     assert_close(function(given[first], **{name: given[name] for name in rest}, **case.attributes), want)
+
+
+def check_missing_attribute(adapter: Any, make: Callable[[Any], Any]) -> None:
+    case = next(case for case in POOLING if case.op.name == "roi_avg_pool")
+    given = [make(t) for t in case.tensors().values()]
+    for function, tensors in ((adapter.roi_avg_pool, given), (adapter.roi_avg_pool_backward, [given[0], *given])):
+        with pytest.raises(TypeError, match=r"roi_avg_pool(_backward)?: output_size is required"):
+            function(*tensors)

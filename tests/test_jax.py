@@ -16,6 +16,7 @@ from adapter_cases import (
     SECOND,
     assert_close,
     check_introduction,
+    check_missing_attribute,
     check_tensors_by_position,
     expected,
 )
@@ -216,6 +217,10 @@ def test_reports_what_fails_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Op, "forward", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="the reason"):
         jax.block_until_ready(jax.jit(convolve)(*to_jax()))
+
+
+def test_refuses_a_missing_attribute() -> None:
+    check_missing_attribute(cudcn.jax, jnp.asarray)
 
 
 def test_threads() -> None:

@@ -18,6 +18,7 @@ from adapter_cases import (
     SECOND,
     assert_close,
     check_introduction,
+    check_missing_attribute,
     check_tensors_by_position,
     double,
     expected,
@@ -186,6 +187,16 @@ def test_computes_only_wanted_gradients(case: Case, computed: list[list[bool]]) 
             assert_close(got, wants[name] if name in wanted else None)
 
 
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_constants_that_require_gradients_get_none(case: Case) -> None:
+    given = tensors(case)
+    for name in case.op.constants:
+        if given[name].is_floating_point():
+            given[name].requires_grad_()
+    case.forward(given).sum().backward()
+    assert all(given[name].grad is None for name in case.op.constants)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("public", [False, True])
 @pytest.mark.parametrize("case", EACH, ids=str)
@@ -279,6 +290,10 @@ def test_autocast(case: Case) -> None:
     assert torch.equal(out, case.forward(half))  # the fine tensors kept their float32
     out.sum().backward()
     assert all(grad.dtype == torch.float32 for grad in gradients(given).values() if grad is not None)
+
+
+def test_refuses_a_missing_attribute() -> None:
+    check_missing_attribute(cudcn.torch, to_torch)
 
 
 def test_threads() -> None:
