@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
+import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -89,7 +91,7 @@ def compare(case: Case, which: str, contestants: dict[str, Contestant], seconds:
                     raise SystemExit(f"{case}, {which}: {name} differs from cudcn by {error:.1e}, not timed")
     times = interleaved(runs, seconds)
     ours = median(next(iter(times.values())))
-    values = next(iter(case.tensors().values())).size
+    values = math.prod(next(iter(case.specs.values())).shape)
     base = {"operator": case.operator, "case": str(case), "pass": which, "input values": values}
     rows = [
         {
@@ -172,39 +174,21 @@ def contestants(case: Case) -> dict[str, Contestant]:
 
 
 def ours(case: Case) -> Runs:
-    tensors, attributes, grad_output = case.tensors(), case.attributes, case.grad_output()
-    function, backward = (getattr(cudcn, name) for name in (case.operator, f"{case.operator}_backward"))
-
-    def forward() -> list[np.ndarray]:
-        return [function(**tensors, **attributes)]
-
-    def both() -> list[np.ndarray]:
-        grads = backward(grad_output, **tensors, **attributes)
-        return [*forward(), *(grad for grad in grads if grad is not None)]
-
-    return {"forward": forward, "forward+backward": both}
+    tensors, grad_output = case.tensors(), case.grad_output()
+    return {which: partial(peers.run_arrays, case, which, tensors, grad_output) for which in PASSES}
 
 
 def by_torch(call: Callable[..., Any]) -> Contestant:
     def contestant(case: Case) -> Runs:
         torch = module("torch")
         torch.set_num_threads(threads())
-        tensors = {name: torch.from_numpy(t) for name, t in case.tensors().items()}
-        leaves = {name: t.clone().requires_grad_() for name, t in tensors.items() if name not in case.op.constants}
+        tensors = peers.leaves(case, {name: torch.from_numpy(t) for name, t in case.tensors().items()})
         grad_output = torch.from_numpy(case.grad_output())
 
-        def forward() -> list[np.ndarray]:
-            with torch.no_grad():
-                return [call(case, **tensors).numpy()]
+        def run(which: str) -> list[np.ndarray]:
+            return [t.detach().numpy() for t in peers.run_torch(call, case, which, tensors, grad_output)]
 
-        def both() -> list[np.ndarray]:
-            for leaf in leaves.values():
-                leaf.grad = None
-            out = call(case, **{**tensors, **leaves})
-            out.backward(grad_output)
-            return [t.detach().numpy() for t in (out, *(leaf.grad for leaf in leaves.values())) if t is not None]
-
-        return {"forward": forward, "forward+backward": both}
+        return {which: partial(run, which) for which in PASSES}
 
     return contestant
 

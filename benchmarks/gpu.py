@@ -22,7 +22,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import peers
@@ -164,19 +164,17 @@ def check(case: Case, dtype: str, which: str) -> Errors:
     """The largest error of each exact contestant's output and gradients against float64."""
     import torch
 
-    given = {name: to_device(t, dtype) for name, t in case.tensors().items()}
+    given = peers.leaves(case, {name: to_device(t, dtype) for name, t in case.tensors().items()})
     grad_output = to_device(case.grad_output(), dtype)
     exact = {name: to_host(t) for name, t in given.items()}  # as rounded to the dtype
-    function, backward = (getattr(cudcn, name) for name in (case.operator, f"{case.operator}_backward"))
-    expected = [function(**exact, **case.attributes)]
-    if which != "forward":
-        expected += [g for g in backward(to_host(grad_output), **exact, **case.attributes) if g is not None]
+    expected = peers.run_arrays(case, which, exact, to_host(grad_output))
     errors: Errors = {}
-    for name, (prepare, call, comparable) in contestants(case, which).items():
-        if not comparable:
+    for name, contestant in contestants(case, which).items():
+        if not contestant.exact:
             continue
         try:
-            got = [to_host(t) for t in call(prepare(given), prepare({"": grad_output})[""])]
+            tensors = {key: contestant.carry(t) for key, t in given.items()}
+            got = [to_host(t) for t in contestant.call(tensors, contestant.carry(grad_output))]
             torch.cuda.synchronize()
             error: float | str = max(relative_error(a, b) for a, b in zip(got, expected, strict=True))
         except Exception as refusal:  # a contestant's refusal is a result
@@ -199,6 +197,7 @@ def measure(
     count, size = rotations(case), DTYPES[dtype]
     made = [{key: to_device(t, dtype) for key, t in host_tensors(case, seed).items()} for seed in range(min(count, 2))]
     made += [{key: t.clone() for key, t in made[i % 2].items()} for i in range(count - len(made))]
+    made = [peers.leaves(case, tensors) for tensors in made]
     grad_output = to_device(case.grad_output(), dtype)
     floor = max(
         case.bytes(which, size) / ceilings["copy TB/s"] / 1e9,
@@ -207,11 +206,11 @@ def measure(
     base = {"operator": case.operator, "case": str(case), "dtype": dtype, "pass": which, "floor": floor}
     base |= {"bytes": case.bytes(which, size), "flops": case.flops(which)}
     rows, calls = {}, {}
-    for name, (prepare, call, _) in contestants(case, which).items():
+    for name, (carry, call, _) in contestants(case, which).items():
         rows[name] = {**base, "name": name, "error": errors.get(key(case, name, dtype, which))}
         try:
-            sets = [prepare(tensors) for tensors in made]
-            grad = prepare({"": grad_output})[""]
+            sets = [{key: carry(t) for key, t in tensors.items()} for tensors in made]
+            grad = carry(grad_output)
             for tensors in sets[:3] * 2:  # warm-up: compiles, picks algorithms, fills allocators
                 call(tensors, grad)
             torch.cuda.synchronize()
@@ -369,64 +368,30 @@ def nvidia_smi(field: str) -> str:
         return "unknown"
 
 
-# The contestants: what prepares their tensors before the clock starts, what is timed, whether values are compared.
+class Contestant(NamedTuple):
+    carry: Callable[[Any], Any]  # one of torch's tensors to where it is used, before the clock starts
+    call: Call
+    exact: bool = True
 
 
-def contestants(case: Case, which: str) -> dict[str, tuple[Callable[[Tensors], Tensors], Call, bool]]:
+def contestants(case: Case, which: str) -> dict[str, Contestant]:
     found = {
-        OURS: (torch_leaves(case), with_autograd(case, which, peers.ours), True),
-        CUPY: (cupy_arrays, ours_cupy(case, which), True),
+        OURS: Contestant(as_it_is, functools.partial(peers.run_torch, peers.ours, case, which)),
+        CUPY: Contestant(to_cupy, functools.partial(peers.run_arrays, case, which)),
     }
     for name, peer in peers.PEERS[case.operator].items():
-        found[name] = (torch_leaves(case), with_autograd(case, which, peer.call), peer.exact)
+        found[name] = Contestant(as_it_is, functools.partial(peers.run_torch, peer.call, case, which), peer.exact)
     return found
 
 
-def torch_leaves(case: Case) -> Callable[[Tensors], Tensors]:
-    def prepare(tensors: Tensors) -> Tensors:
-        leaves = set(case.op.tensors) - set(case.op.constants)
-        return {name: t.detach().requires_grad_(name in leaves) for name, t in tensors.items()}
-
-    return prepare
-
-
-def cupy_arrays(tensors: Tensors) -> Tensors:
-    return {name: to_cupy(t) for name, t in tensors.items()}
-
-
-def with_autograd(case: Case, which: str, call: Callable[..., Any]) -> Call:
-    import torch
-
-    def forward(tensors: Tensors, grad_output: Any) -> list[Any]:
-        with torch.no_grad():
-            return [call(case, **tensors)]
-
-    def both(tensors: Tensors, grad_output: Any) -> list[Any]:
-        out = call(case, **tensors)
-        leaves = [t for t in tensors.values() if t.requires_grad]
-        grads = torch.autograd.grad(out, leaves, grad_output, allow_unused=True)
-        return [out, *(grad for grad in grads if grad is not None)]
-
-    return forward if which == "forward" else both
-
-
-def ours_cupy(case: Case, which: str) -> Call:
-    function, backward = (getattr(cudcn, name) for name in (case.operator, f"{case.operator}_backward"))
-
-    def forward(tensors: Tensors, grad_output: Any) -> list[Any]:
-        return [function(**tensors, **case.attributes)]
-
-    def both(tensors: Tensors, grad_output: Any) -> list[Any]:
-        grads = backward(grad_output, **tensors, **case.attributes)
-        return [*forward(tensors, grad_output), *(grad for grad in grads if grad is not None)]
-
-    return forward if which == "forward" else both
+def as_it_is(tensor: Any) -> Any:
+    return tensor
 
 
 OURS, CUPY = "cudcn (torch)", "cudcn (CuPy)"
 
 
-# Carrying tensors.
+# Carrying tensors
 
 
 def reason(refusal: BaseException) -> str:
@@ -453,6 +418,7 @@ def to_cupy(tensor: Any) -> Any:
     import cupy
     import torch
 
+    tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         import ml_dtypes
 

@@ -37,6 +37,36 @@ def ours(case: Case, **tensors: Any) -> Any:
     return getattr(cudcn, case.operator)(**tensors, **case.attributes)
 
 
+# Running a pass: the output, and after it, if the pass goes backward, the gradients that there are
+
+
+def run_arrays(case: Case, which: str, tensors: dict[str, Any], grad_output: Any) -> list[Any]:
+    """cudcn's raw pair on NumPy or CuPy arrays."""
+    out = ours(case, **tensors)
+    if which == "forward":
+        return [out]
+    grads = getattr(cudcn, f"{case.operator}_backward")(grad_output, **tensors, **case.attributes)
+    return [out, *(grad for grad in grads if grad is not None)]
+
+
+def run_torch(call: Callable[..., Any], case: Case, which: str, tensors: dict[str, Any], grad_output: Any) -> list[Any]:
+    """A peer on the tensors that `leaves` returns."""
+    import torch
+
+    if which == "forward":
+        with torch.no_grad():
+            return [call(case, **tensors)]
+    out = call(case, **tensors)
+    wanted = [t for t in tensors.values() if t.requires_grad]
+    grads = torch.autograd.grad(out, wanted, grad_output, allow_unused=True)
+    return [out, *(grad for grad in grads if grad is not None)]
+
+
+def leaves(case: Case, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Torch tensors over the same memory, to be differentiated where the operator has a gradient."""
+    return {name: t.detach().requires_grad_(name not in case.op.constants) for name, t in tensors.items()}
+
+
 # deform_conv2d
 
 
