@@ -24,7 +24,14 @@ if not SOURCES.is_dir():  # an editable install, or a checkout
 CTYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float", "float64": "double"}
 WORKSPACE = 64 << 20  # bytes of scratch memory for one call, unless a single image needs more
 LARGEST_GRID = 2**31 - 1
-_STRIDES = np.dtype([(axis, np.int64) for axis in ("n", "c", "y", "x")])
+
+
+def layout(*parts: tuple[str, type]) -> np.dtype:
+    """Of a C++ struct: names of fields, in one string, and their type."""
+    return np.dtype([(name, dtype) for names, dtype in parts for name in names.split()], align=True)
+
+
+_STRIDES = layout(("n c y x", np.int64))
 
 
 class Kernel(NamedTuple):

@@ -219,6 +219,19 @@ def test_compile(case: Case, public: bool, dynamic: bool) -> None:
             assert_close(got, double(eager[name].grad) if got is not None else None)
 
 
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_compile_the_raw_backward(case: Case) -> None:
+    backward = getattr(cudcn.torch, f"{case.op.name}_backward")
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda grad, given: tuple(backward(grad, **given, **case.attributes)), fullgraph=True, backend="aot_eager"
+    )
+    given, grad_output = tensors(case, grad=False), to_torch(case.grad_output())
+    want = case.backward(given, grad_output)
+    for got, name in zip(compiled(grad_output, given), want, strict=True):
+        assert_close(got, double(want[name]))
+
+
 def test_export() -> None:
     class Model(torch.nn.Module):
         def forward(self, given: Tensors) -> Any:

@@ -41,7 +41,7 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     run_backward = getattr(torch.ops.cudcn, f"{op.name}_backward").default
     # what the functions below need is looked up here: torch.compile traces them
     names, backward_names, attribute_names = op.tensors, op.backward_tensors, op.optional_attributes
-    name, fine, constants, canonical, gradients = op.name, op.fine, op.constants, op.canonical, op.gradients
+    name, fine, canonical, gradients = op.name, op.fine, op.canonical, op.gradients
 
     @functools.wraps(op.function)
     def forward(*tensors: Any, **attributes: Any) -> Any:
@@ -51,7 +51,7 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     @functools.wraps(op.backward_function)
     def backward(*tensors: Any, **attributes: Any) -> Any:
         tensors = by_position(f"{name}_backward", backward_names, attribute_names, ("torch",), tensors, attributes)
-        needs = [t is not None and n not in constants for n, t in zip(names, tensors[1:], strict=True)]
+        needs = op.differentiable(tensors[1:])
         return gradients(*spread(needs, run_backward(*tensors, *canonical(**attributes).values(), needs)))
 
     return forward, backward

@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import launch
 from ..check import LARGEST, arithmetic
-from ..launch import CTYPES, Kernel, ctype
+from ..launch import CTYPES, Kernel, ctype, layout
 
 if TYPE_CHECKING:
     from ..ops.aggregate import Geometry
@@ -22,20 +22,15 @@ if TYPE_CHECKING:
 _THREADS = 128
 
 
-def _layout(*parts: tuple[str, type]) -> np.dtype:
-    """Of a C++ struct: names and their type."""
-    return np.dtype([(name, dtype) for names, dtype in parts for name in names.split()], align=True)
-
-
-_AGGREGATE = _layout(
+_AGGREGATE = layout(
     ("places_query places_group weights_query weights_group weights_first", np.int64),
     ("images height width pixels groups channels samples softmax packed", np.int32),
 )
 _INTEGERS = "height width kernel_h left_out stride_h stride_w top left dilation_h dilation_w center_h center_w"
 _TAPS: dict[type, np.dtype] = {
-    dtype: _layout(("scale", dtype), (_INTEGERS, np.int32)) for dtype in (np.float32, np.float64)
+    dtype: layout(("scale", dtype), (_INTEGERS, np.int32)) for dtype in (np.float32, np.float64)
 }
-_LEVELS = _layout(("points pixels", np.int32))
+_LEVELS = layout(("points pixels", np.int32))
 
 
 def kernels() -> list[Kernel]:
@@ -82,8 +77,9 @@ class _Call:
         image, *levels, places, weights = (*tensors, tensors[-1]) if g.packed else tensors
         fine = np.float32 if places.dtype != weights.dtype else places.dtype
         self.image = xp.ascontiguousarray(image)
-        self.places, self.weights = (xp.ascontiguousarray(t.astype(fine, copy=False)) for t in (places, weights))
-        self.levels = [xp.ascontiguousarray(t.astype(np.int64, copy=False)) for t in levels] or [None, None]
+        self.places = xp.ascontiguousarray(places, fine)
+        self.weights = self.places if g.packed else xp.ascontiguousarray(weights, fine)
+        self.levels = [xp.ascontiguousarray(t, np.int64) for t in levels] or [None, None]
 
     def target(self, array: Any, dtype: Any) -> Any:
         """Where a kernel writes `array`'s elements: there, if they are contiguous, aligned and of `dtype`."""

@@ -13,18 +13,20 @@ import numpy as np
 
 from .. import launch
 from ..check import arithmetic
-from ..launch import CTYPES, Kernel, ctype, strides
+from ..launch import CTYPES, Kernel, ctype, layout, strides
 
 if TYPE_CHECKING:
     from ..ops.deform_conv2d import Geometry
 
 _THREADS = 256
 _SLAB = 16  # channels that share one thread's position and addresses
-_FIELDS = (
-    "height width out_height out_width kernel_w taps stride_h stride_w top left dilation_h dilation_w "
-    "channels_per_group channels_per_offset_group slab slabs_per_offset_group offset_groups images tiles"
+_CONVOLUTION = layout(
+    (
+        "height width out_height out_width kernel_w taps stride_h stride_w top left dilation_h dilation_w "
+        "channels_per_group channels_per_offset_group slab slabs_per_offset_group offset_groups images tiles",
+        np.int32,
+    )
 )
-_CONVOLUTION = np.dtype([(name, np.int32) for name in _FIELDS.split()])
 
 
 def kernels() -> list[Kernel]:

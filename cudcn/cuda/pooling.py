@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import launch
 from ..check import arithmetic
-from ..launch import CTYPES, Kernel, strides
+from ..launch import CTYPES, Kernel, layout, strides
 
 if TYPE_CHECKING:
     from ..ops.pooling import Geometry
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 _THREADS = 256
 _SLAB = 32  # bytes of sums in one thread
 _LANES = 8  # threads that share a bin's channels, where neighbouring ones are on neighbouring bins
-_FIELDS = (
-    "images height width rois rows columns group_rows group_columns part_rows part_columns "
-    "classes class_channels samples channels_last tiles slabs"
-)
-_POOLING = np.dtype(
-    [("spatial_scale", np.float64), ("offset_scale", np.float64), *((name, np.int32) for name in _FIELDS.split())]
+_POOLING = layout(
+    ("spatial_scale offset_scale", np.float64),
+    (
+        "images height width rois rows columns group_rows group_columns part_rows part_columns "
+        "classes class_channels samples channels_last tiles slabs",
+        np.int32,
+    ),
 )
 
 
