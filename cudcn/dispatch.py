@@ -26,7 +26,7 @@ def framework(op: str, names: Mapping[str, bool], tensors: Sequence[Any]) -> str
     kinds = {name: _kind(op, name, t) for name, t in given}
     if len(set(kinds.values())) > 1:
         raise TypeError(f"{op}: all tensors must be of one framework, got {_listed(kinds)}")
-    places = {name: _place(t) for name, t in given}
+    places = {name: _place(op, name, t) for name, t in given}
     if len(set(places.values())) > 1:
         raise ValueError(f"{op}: all tensors must be on one device, got {_listed(places)}")
     return next(iter(kinds.values()))
@@ -37,12 +37,17 @@ def _listed(items: dict[str, Any]) -> str:
 
 
 def _kind(op: str, name: str, tensor: Any) -> str:
-    if isinstance(tensor, np.ndarray):
-        return "numpy"
+    for kind in "numpy", "cupy":
+        if _is(tensor, kind, "ndarray"):
+            # a mask or a unit would be dropped in silence; a memmap has nothing that its elements do not say
+            if type(tensor) not in (sys.modules[kind].ndarray, np.memmap):
+                raise TypeError(
+                    f"{op}: {name} must be a plain array, got a {type(tensor).__name__}; "
+                    f"{kind}.asarray makes one of its elements"
+                )
+            return kind
     if _is(tensor, "torch", "Tensor"):
         return "torch"
-    if _is(tensor, "cupy", "ndarray"):
-        return "cupy"
     if _is(tensor, "jax", "Array"):
         return "jax"
     if hasattr(tensor, "__dlpack__") and hasattr(tensor, "__dlpack_device__"):
@@ -58,14 +63,19 @@ def _is(tensor: Any, module: str, name: str) -> bool:
     return cls is not None and isinstance(tensor, cls)
 
 
-def _place(tensor: Any) -> str | None:
+def _place(op: str, name: str, tensor: Any) -> str | None:
     """The tensor's device; None for JAX, which places arrays itself (and whose tracers have none)."""
     if isinstance(tensor, np.ndarray) or _is(tensor, "jax", "Array"):
         return None
     if _is(tensor, "torch", "Tensor"):
         return str(tensor.device)
-    kind, index = tensor.__dlpack_device__()
-    return {_CPU: "cpu", _CUDA: f"cuda:{index}"}.get(int(kind), f"DLPack device type {int(kind)}")
+    try:
+        kind, index = map(int, tensor.__dlpack_device__())
+    except Exception as error:  # somebody else's code: it may raise anything
+        raise TypeError(f"{op}: {name} must say where it lies, but its __dlpack_device__ failed: {error!r}") from error
+    if kind not in (_CPU, _CUDA):
+        raise ValueError(f"{op}: {name} must be in CPU or CUDA memory, got DLPack device type {kind}")
+    return "cpu" if kind == _CPU else f"cuda:{index}"
 
 
 def adapter(tensor: Any) -> ModuleType | None:
@@ -81,18 +91,30 @@ def adapter(tensor: Any) -> ModuleType | None:
     return None
 
 
-def array(op: str, tensor: Any) -> Any:
-    """A NumPy or CuPy array over the tensor's memory."""
-    if tensor is None or isinstance(tensor, np.ndarray) or _is(tensor, "cupy", "ndarray"):
+def array(op: str, name: str, tensor: Any) -> Any:
+    """A NumPy or CuPy array over the memory of a tensor that has passed `framework`."""
+    if tensor is None or type(tensor) is np.ndarray or _is(tensor, "cupy", "ndarray"):
         return tensor
-    kind = int(tensor.__dlpack_device__()[0])
-    if kind == _CPU:
-        return np.from_dlpack(tensor)
-    if kind == _CUDA:
-        import cupy
+    if isinstance(tensor, np.ndarray):
+        return np.asarray(tensor)  # of a memmap the array below it
+    on_cpu = int(tensor.__dlpack_device__()[0]) == _CPU
+    module = np if on_cpu else cupy()
+    try:
+        return module.from_dlpack(tensor)
+    except Exception as error:  # somebody else's code: it may raise anything
+        hint = " (NumPy takes no bfloat16 by DLPack)" if on_cpu else ""
+        raise TypeError(f"{op}: {name} must be readable by DLPack, but that failed{hint}: {error!r}") from error
 
-        return cupy.from_dlpack(tensor)
-    raise ValueError(f"{op}: tensors must be in CPU or CUDA memory, got DLPack device type {kind}")
+
+def cupy() -> ModuleType:
+    """CuPy, which carries every array in GPU memory to the kernels."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(
+            f"arrays in GPU memory need CuPy: install cupy-cuda12x or cupy-cuda13x, after your CUDA ({error})"
+        ) from error
+    return cupy
 
 
 def runs_kernels(array: Any) -> bool:
@@ -110,10 +132,8 @@ def runs_kernels(array: Any) -> bool:
 def empty_like(array: Any, shape: tuple[int, ...]) -> Any:
     """An uninitialised array of the same dtype on the same device; poisoned with NaN on the emulated one."""
     if not isinstance(array, np.ndarray):
-        import cupy
-
         with array.device:
-            return cupy.empty(shape, array.dtype)
+            return cupy().empty(shape, array.dtype)
     if runs_kernels(array):
         from . import emulator
 

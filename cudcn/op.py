@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from . import dispatch
+from . import dispatch, launch
 
 
 class Spec(NamedTuple):
@@ -125,7 +125,7 @@ class Op:
         if adapter := dispatch.adapter(tensors[0]):
             return getattr(adapter, self.name)(*tensors, **attributes)
         dispatch.framework(self.name, self.tensors, tensors)
-        arrays = [dispatch.array(self.name, t) for t in tensors]
+        arrays = [dispatch.array(self.name, name, t) for name, t in zip(self.tensors, tensors, strict=True)]
         plan = self.planned(tuple(map(spec, arrays)), **self.canonical(**attributes))
         out = dispatch.empty_like(arrays[0], plan.output.shape)
         self.forward(plan, out, *arrays)
@@ -136,7 +136,8 @@ class Op:
         if adapter := dispatch.adapter(grad_output):
             return getattr(adapter, f"{self.name}_backward")(grad_output, *tensors, **attributes)
         dispatch.framework(f"{self.name}_backward", self.backward_tensors, (grad_output, *tensors))
-        grad_output, *arrays = [dispatch.array(self.name, t) for t in (grad_output, *tensors)]
+        given = zip(self.backward_tensors, (grad_output, *tensors), strict=True)
+        grad_output, *arrays = [dispatch.array(f"{self.name}_backward", name, t) for name, t in given]
         plan = self.planned(tuple(map(spec, arrays)), **self.canonical(**attributes))
         self.check_grad_output(plan, grad_output)
         wanted = zip(arrays, self.differentiable(arrays), strict=True)
@@ -154,17 +155,20 @@ class Op:
 
     def forward(self, plan: Any, out: Any, *tensors: Any) -> None:
         """Fill `out` from NumPy or CuPy arrays that have passed `plan`."""
-        if out.size:
-            self._backend(out).forward(plan, out, *tensors)
+        if not out.size:
+            return
+        if dispatch.runs_kernels(out):
+            self.cuda.forward(plan, out, *map(launch.addressable, tensors))
+        else:
+            self.cpu.forward(plan, out, *tensors)
 
     def backward(self, plan: Any, grads: Sequence[Any], grad_output: Any, *tensors: Any) -> None:
         """Fill the `grads` that are not None."""
-        if grad_output.size:
-            self._backend(grad_output).backward(plan, grads, grad_output, *tensors)
-        else:
+        if not grad_output.size:
             for grad in grads:
                 if grad is not None:
                     grad.fill(0)
-
-    def _backend(self, array: Any) -> ModuleType:
-        return self.cuda if dispatch.runs_kernels(array) else self.cpu
+        elif dispatch.runs_kernels(grad_output):
+            self.cuda.backward(plan, grads, *map(launch.addressable, (grad_output, *tensors)))
+        else:
+            self.cpu.backward(plan, grads, grad_output, *tensors)

@@ -138,6 +138,9 @@ template <typename A, typename O, typename Source> struct Samples {
   struct One {
     Cell<A> cell;
     Map<A> map;
+
+    // Of the inner products with the corners, which are NaN where grad_output is, for a sample that is left out too.
+    __device__ __forceinline__ A value(const A (&products)[4]) const { return cell.adds ? cell.value(products) : A(0); }
   };
 
   __device__ __forceinline__ Samples(const Row &row, const Aggregate &p, const Source &source, const O *all_places,
@@ -160,28 +163,32 @@ template <typename A, typename O, typename Source> struct Samples {
     return softmax ? exp(weight - peak) / total : weight;
   }
 
-  __device__ __forceinline__ One at(int s) const {
+  __device__ __forceinline__ One at(int s, bool slopes) const {
     const Map<A> map = source.map(y, x, s, shapes, starts);
     const A place_x = A(places[2 * s]), place_y = A(places[2 * s + 1]);
     return {Cell<A>(map.origin_y + map.scale_y * place_y, map.origin_x + map.scale_x * place_x, map.height, map.width,
-                    map.width, 1), map};
+                    map.width, 1, slopes), map};
   }
 };
 
-// The row's samples begin .. begin + count, for its threads to go over: where the corners are, -1 for one outside, and
-// their weights. Corners count in vectors of V channels from the image's first, `pixel` vectors a pixel: in 32 bits,
-// since with 64 the inner loops would spend more on addresses than on loads.
+// The row's samples begin .. begin + count, for its threads to go over: where the corners are, NOWHERE for one outside,
+// and their weights. Corners count in vectors of V channels from the image's first, `pixel` vectors a pixel: in 32 bits,
+// since with 64 the inner loops would spend more on addresses than on loads. With `slopes` the top bit marks the
+// corners of a sample that adds nothing, but has slopes.
+constexpr int NOWHERE = -1, SLOPE_ONLY = int(0x80000000u);
+
 template <typename A, typename O, typename Source>
 __device__ __forceinline__ void hold(const Samples<A, O, Source> &samples, const Row &row, int begin, int count,
-                                     int pixel, Four<int> *corners, Four<A> *weights) {
+                                     int pixel, bool slopes, Four<int> *corners, Four<A> *weights) {
   for (int i = row.lane; i < count; i += row.lanes) {
-    const auto sample = samples.at(begin + i);
+    const auto sample = samples.at(begin + i, slopes);
     const A weight = samples.weight(begin + i);
     Four<int> at;
     Four<A> share;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      at.of[k] = sample.cell.valid[k] ? (sample.map.first + int(sample.cell.at[k])) * pixel : -1;
+      at.of[k] = sample.cell.valid[k] ? (sample.map.first + int(sample.cell.at[k])) * pixel : NOWHERE;
+      if (slopes && sample.cell.valid[k] && !sample.cell.adds) at.of[k] |= SLOPE_ONLY;
       share.of[k] = weight * sample.cell.weight(k);
     }
     corners[row.held(i)] = at;
@@ -207,7 +214,7 @@ aggregate_forward(const T *__restrict__ value, const O *__restrict__ places, con
     A sums[V] = {};
     for (int begin = 0; begin < p.samples; begin += row.capacity()) {
       const int count = min(row.capacity(), p.samples - begin);
-      hold(samples, row, begin, count, stride / V, held_corners, held_weights);
+      hold(samples, row, begin, count, stride / V, false, held_corners, held_weights);
       __syncwarp();
       if (channel < p.channels) {
 #pragma unroll 1
@@ -267,7 +274,7 @@ aggregate_backward(const T *__restrict__ grad_output, const T *__restrict__ valu
   for (int round = normalised && !together ? 0 : 1; round < 2; ++round) {
     for (int begin = 0; begin < p.samples; begin += row.capacity()) {
       const int count = min(row.capacity(), p.samples - begin);
-      hold(samples, row, begin, count, stride / V, held_corners, held_weights);
+      hold(samples, row, begin, count, stride / V, true, held_corners, held_weights);
       for (int i = row.lane; i < count; i += row.lanes) held_products[row.held(i)] = Four<A>{};
       __syncwarp();
       for (int slab = 0; slab < p.channels; slab += row.lanes * V) {
@@ -288,7 +295,7 @@ aggregate_backward(const T *__restrict__ grad_output, const T *__restrict__ valu
             Vector<T, V> pixels[4];
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-              pixels[k] = Vector<T, V>::load(vectors + at.of[k], mine && at.of[k] >= 0);
+              pixels[k] = Vector<T, V>::load(vectors + (at.of[k] & ~SLOPE_ONLY), mine && at.of[k] != NOWHERE);
             }
             Four<A> products = {};
 #pragma unroll
@@ -316,23 +323,24 @@ aggregate_backward(const T *__restrict__ grad_output, const T *__restrict__ valu
       if (normalised && (round == 0 || together)) {
         A part = 0;
         for (int i = row.lane; i < count; i += row.lanes) {
-          part += samples.weight(begin + i) * samples.at(begin + i).cell.value(held_products[row.held(i)].of);
+          part += samples.weight(begin + i) * samples.at(begin + i, true).value(held_products[row.held(i)].of);
         }
         mean += row.sum(part);
       }
       if (by_sample && round == 1 && row.active) {
         for (int i = row.lane; i < count; i += row.lanes) {
           const int s = begin + i;
-          const auto sample = samples.at(s);
+          const auto sample = samples.at(s, true);
           const A weight = samples.weight(s);
           const A(&products)[4] = held_products[row.held(i)].of;
           if (grad_places) {
             O *gradient = grad_places + samples.places_at + 2 * s;
-            gradient[0] = O(sample.cell.slope_x(products) * weight * sample.map.scale_x);
-            gradient[1] = O(sample.cell.slope_y(products) * weight * sample.map.scale_y);
+            const bool inside = sample.cell.inside;
+            gradient[0] = O(inside ? sample.cell.slope_x(products) * weight * sample.map.scale_x : A(0));
+            gradient[1] = O(inside ? sample.cell.slope_y(products) * weight * sample.map.scale_y : A(0));
           }
           if (grad_weights) {
-            const A gradient = sample.cell.value(products);
+            const A gradient = sample.value(products);
             grad_weights[samples.weights_at + s] = O(p.softmax ? weight * (gradient - mean) : gradient);
           }
         }

@@ -12,18 +12,26 @@ struct Strides {
   long long n, c, y, x;
 };
 
-// The cell [floor(y), floor(y) + 1] x [floor(x), floor(x) + 1] around a position. Corners outside the image count
-// as 0; a position that touches no pixel, NaN and infinity among them, has no valid corner at all.
+// The cell [floor(y), floor(y) + 1] x [floor(x), floor(x) + 1] around a position. Corners outside the image count as 0.
+//
+// A position is outside where it is <= -1 or >= the image's size along either axis, NaN or infinite. Its sample is left
+// out: it adds nothing, whatever its weight, and gets no gradient. At exactly -1 the gradient of the position is the
+// slope of the cell [-1, 0] all the same, so `slopes` asks for that cell's corners, though none of them `adds`.
 template <typename A> struct Cell {
-  bool valid[4];     // top left, top right, bottom left, bottom right
+  bool valid[4];     // top left, top right, bottom left, bottom right; all false outside
+  bool inside;       // that there is a cell
+  bool adds;         // that its value counts
   long long at[4];   // element offsets of the corners, from the plane's first element
   A down, right;     // distances from the top left corner
 
   Cell() = default;
 
-  __device__ __forceinline__ Cell(A y, A x, int height, int width, long long stride_y, long long stride_x) {
-    // Comparisons are false for NaN. At exactly -1 the value is 0, but the slope is that of the cell [-1, 0].
-    const bool inside = y >= A(-1) && y < A(height) && x >= A(-1) && x < A(width);
+  __device__ __forceinline__ Cell(A y, A x, int height, int width, long long stride_y, long long stride_x,
+                                  bool slopes = false) {
+    // comparisons are false for NaN
+    const bool before_end = y < A(height) && x < A(width);
+    adds = before_end && y > A(-1) && x > A(-1);
+    inside = slopes ? before_end && y >= A(-1) && x >= A(-1) : adds;
     const A top = inside ? floor(y) : A(0), left = inside ? floor(x) : A(0);
     down = inside ? y - top : A(0);
     right = inside ? x - left : A(0);
@@ -43,6 +51,7 @@ template <typename A> struct Cell {
     const A top = floor(y), left = floor(x);
     const int y0 = int(top), x0 = int(left);
     Cell cell;
+    cell.inside = cell.adds = true;
     cell.down = y - top;
     cell.right = x - left;
 #pragma unroll

@@ -7,7 +7,8 @@
 // Images are read through their strides, so either kind of columns can be made from either layout.
 //
 // Grid: x = (image, slab of channels, tap, tile of pixels), tiles fastest. A slab never crosses an offset group, so
-// a thread computes its position, weights and addresses once for all channels of its slab.
+// a thread computes its position, weights and addresses once for all channels of its slab. The columns' gradient is of
+// the type of sums, so that what comes of it for an offset or mask in float32 is as good.
 // Block: (pixels, 1) if planar, (channel lanes, pixels) if interleaved. At least two blocks a multiprocessor: with no
 // number there, ptxas aims at full occupancy and spills.
 #include "bilinear.cuh"
@@ -59,12 +60,13 @@ template <bool CHANNELS_LAST> struct Place {
   }
 
   template <typename A, typename O>
-  __device__ __forceinline__ Cell<A> cell(const Convolution &p, const O *offset, const Strides &s, const Strides &plane) const {
+  __device__ __forceinline__ Cell<A> cell(const Convolution &p, const O *offset, const Strides &s, const Strides &plane,
+                                          bool slopes = false) const {
     const int c = 2 * (offset_group * p.taps + tap);
     const A dy = A(*at_output(offset, s, c)), dx = A(*at_output(offset, s, c + 1));
     const A y = A(out_y * p.stride_h - p.top + tap / p.kernel_w * p.dilation_h) + dy;
     const A x = A(out_x * p.stride_w - p.left + tap % p.kernel_w * p.dilation_w) + dx;
-    return Cell<A>(y, x, p.height, p.width, plane.y, plane.x);
+    return Cell<A>(y, x, p.height, p.width, plane.y, plane.x, slopes);
   }
 
   template <typename A, typename M>
@@ -83,7 +85,7 @@ deform_conv2d_sample(const T *__restrict__ input, Strides input_strides, const O
   const Place<CHANNELS_LAST> place(p);
   if (!place.active) return;
   const Cell<A> cell = place.template cell<A>(p, offset, offset_strides, input_strides);
-  const A modulation = place.template modulation<A>(p, mask, mask_strides);
+  const A modulation = cell.adds ? place.template modulation<A>(p, mask, mask_strides) : A(0);
   const T *image = input + place.image * input_strides.n;
   for (int c = place.channel; c < place.channel_end; c += place.channel_step) {
     A corners[4];
@@ -95,17 +97,18 @@ deform_conv2d_sample(const T *__restrict__ input, Strides input_strides, const O
 // Scatters the columns' gradient. `grad_input` holds sums in A and starts as zeros.
 template <typename T, typename O, typename M, bool CHANNELS_LAST>
 __global__ void __launch_bounds__(256, 2)
-deform_conv2d_backward_input(const T *__restrict__ grad_columns, const O *__restrict__ offset, Strides offset_strides,
-                             const M *__restrict__ mask, Strides mask_strides,
+deform_conv2d_backward_input(const arithmetic_t<T> *__restrict__ grad_columns, const O *__restrict__ offset,
+                             Strides offset_strides, const M *__restrict__ mask, Strides mask_strides,
                              arithmetic_t<T> *__restrict__ grad_input, Strides grad_input_strides, Convolution p) {
   using A = arithmetic_t<T>;
   const Place<CHANNELS_LAST> place(p);
   if (!place.active) return;
   const Cell<A> cell = place.template cell<A>(p, offset, offset_strides, grad_input_strides);
+  if (!cell.adds) return;
   const A modulation = place.template modulation<A>(p, mask, mask_strides);
   A *image = grad_input + place.image * grad_input_strides.n;
   for (int c = place.channel; c < place.channel_end; c += place.channel_step) {
-    const A gradient = A(grad_columns[place.column(p, c)]) * modulation;
+    const A gradient = grad_columns[place.column(p, c)] * modulation;
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
       // atomic: samples of other taps and pixels, in other blocks too, fall on the same pixel
@@ -119,23 +122,25 @@ deform_conv2d_backward_input(const T *__restrict__ grad_columns, const O *__rest
 // all lanes of a warp stay for the shuffles. A null `grad_offset` or `grad_mask` is not wanted.
 template <typename T, typename O, typename M, bool CHANNELS_LAST>
 __global__ void __launch_bounds__(256, 2)
-deform_conv2d_backward_offset(const T *__restrict__ grad_columns, const T *__restrict__ input, Strides input_strides,
-                              const O *__restrict__ offset, Strides offset_strides, const M *__restrict__ mask,
-                              Strides mask_strides, O *__restrict__ grad_offset, Strides grad_offset_strides,
-                              M *__restrict__ grad_mask, Strides grad_mask_strides, Convolution p) {
+deform_conv2d_backward_offset(const arithmetic_t<T> *__restrict__ grad_columns, const T *__restrict__ input,
+                              Strides input_strides, const O *__restrict__ offset, Strides offset_strides,
+                              const M *__restrict__ mask, Strides mask_strides, O *__restrict__ grad_offset,
+                              Strides grad_offset_strides, M *__restrict__ grad_mask, Strides grad_mask_strides,
+                              Convolution p) {
   using A = arithmetic_t<T>;
   const Place<CHANNELS_LAST> place(p);
-  A grad_y = 0, grad_x = 0, grad_modulation = 0;
+  A grad_y = 0, grad_x = 0, grad_modulation = 0, modulation = 0;
   if (place.active) {
-    const Cell<A> cell = place.template cell<A>(p, offset, offset_strides, input_strides);
+    const Cell<A> cell = place.template cell<A>(p, offset, offset_strides, input_strides, true);
     const T *image = input + place.image * input_strides.n;
-    for (int c = place.channel; c < place.channel_end; c += place.channel_step) {
+    if (cell.inside) modulation = place.template modulation<A>(p, mask, mask_strides);
+    for (int c = place.channel; cell.inside && c < place.channel_end; c += place.channel_step) {
       A corners[4];
       cell.load(image + c * input_strides.c, corners);
-      const A gradient = A(grad_columns[place.column(p, c)]);
+      const A gradient = grad_columns[place.column(p, c)];
       grad_y += gradient * cell.slope_y(corners);
       grad_x += gradient * cell.slope_x(corners);
-      grad_modulation += gradient * cell.value(corners);
+      if (cell.adds) grad_modulation += gradient * cell.value(corners);
     }
   }
   if (CHANNELS_LAST) {
@@ -148,9 +153,47 @@ deform_conv2d_backward_offset(const T *__restrict__ grad_columns, const T *__res
   if (!place.active || (CHANNELS_LAST && threadIdx.x != 0)) return;
   const int sample = place.offset_group * p.taps + place.tap;
   if (grad_offset) {
-    const A modulation = place.template modulation<A>(p, mask, mask_strides);
     *place.at_output(grad_offset, grad_offset_strides, 2 * sample) = O(grad_y * modulation);
     *place.at_output(grad_offset, grad_offset_strides, 2 * sample + 1) = O(grad_x * modulation);
   }
   if (grad_mask) *place.at_output(grad_mask, grad_mask_strides, sample) = M(grad_modulation);
+}
+
+struct Pixels {
+  int images, channels, height, width;
+  int summands;  // of each thread
+};
+
+// The bias's gradient: the sums of each channel over the pixels of all images, in two launches. The first has a block
+// for every tile of pixels, summands * blockDim.y of them, and blockDim.x channels, and leaves its sums in row `tile` of
+// `sums` (tiles, channels); the second, with one tile, sums those. A thread sums few enough numbers in T's own type of
+// sums to lose nothing, the rest is done in double: float32 sums of millions of pixels would stand still.
+// Grid: x = (tile of pixels, tile of channels), channels fastest. Block: (channels, pixels), 256 threads.
+template <typename T, typename S>
+__global__ void __launch_bounds__(256)
+deform_conv2d_backward_bias(const T *__restrict__ grad_output, Strides strides, S *__restrict__ sums, Pixels p) {
+  SMEM(double, partial, [256]);
+  const int channel_tiles = (p.channels + int(blockDim.x) - 1) / int(blockDim.x);
+  const int tile = int(blockIdx.x) / channel_tiles;
+  const int channel = int(blockIdx.x) % channel_tiles * int(blockDim.x) + int(threadIdx.x);
+  const int pixels = p.height * p.width, thread = int(threadIdx.y * blockDim.x + threadIdx.x);
+  arithmetic_t<T> sum = 0;
+  if (channel < p.channels) {
+    const long long first = (long long)tile * p.summands * int(blockDim.y) + int(threadIdx.y);
+    long long image = first / pixels;
+    int pixel = int(first % pixels);
+    for (int i = 0; i < p.summands && image < p.images; ++i) {
+      const int y = pixel / p.width, x = pixel % p.width;
+      sum += arithmetic_t<T>(grad_output[image * strides.n + channel * strides.c + y * strides.y + x * strides.x]);
+      pixel += int(blockDim.y);
+      image += pixel / pixels;
+      pixel %= pixels;
+    }
+  }
+  partial[thread] = sum;
+  for (int rows = int(blockDim.y) / 2; rows > 0; rows /= 2) {
+    __syncthreads();
+    if (int(threadIdx.y) < rows) partial[thread] += partial[thread + rows * int(blockDim.x)];
+  }
+  if (threadIdx.y == 0 && channel < p.channels) sums[(long long)tile * p.channels + channel] = S(partial[thread]);
 }

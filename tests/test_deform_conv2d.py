@@ -12,7 +12,7 @@ import pytest
 from deform_conv2d_cases import BY_NAME, CASES, IMAGES, PLAIN, SMALL, DeformConv2d
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_case import DTYPES, HALVES, EveryCase, EverySmallCase, agrees_with_float64, launched
+from operator_case import DTYPES, HALVES, EveryCase, EverySmallCase, agrees_with_float64, launched, widened
 
 import cudcn
 from cudcn import emulator, launch
@@ -93,8 +93,60 @@ class TestEmulated:
         seen = launched(monkeypatch)
         for dtype in DTYPES:
             agrees_with_float64(BY_NAME["strides and dilations NHWC"], dtype)
-        assert len(seen) == 3 * len(DTYPES)
+        assert len(seen) == 3 * len(DTYPES) + 7  # and the two of the bias, which float64 shares
         assert seen <= set(OP.cuda.kernels())
+
+    @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+    @pytest.mark.parametrize("dtype", HALVES)
+    def test_float32_offsets_get_float32_gradients(self, dtype: str, layout: str) -> None:
+        """The columns' gradient is not rounded to half on its way to them."""
+        case, fine = BY_NAME[f"plain v2 {layout}"], ("offset", "mask")
+        tensors, grad_output = case.tensors(dtype, fine), case.grad_output(dtype)
+        grads = case.backward(tensors, grad_output)
+        with pytest.MonkeyPatch.context() as cpu:
+            cpu.setenv("CUDCN_DEVICE", "cpu")
+            wants = case.backward(widened(tensors), grad_output.astype(np.float64))
+        for name in fine:
+            case.close(grads[name], wants[name], "float32")
+
+    @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+    @pytest.mark.parametrize("dtype", HALVES)
+    def test_the_output_is_rounded_once(self, dtype: str, layout: str) -> None:
+        """The product and the bias nearly cancel: what a product rounded to half would leave is wrong."""
+        image, weight = np.full((2, 1, 3, 3), 1.0), np.full((2, 1, 1, 1), 1.0)
+        half = DTYPES[dtype]
+        near = half(257 / 256) if dtype == "float16" else half(129 / 128)
+        image, weight = (image * near).astype(half), (weight * near).astype(half)
+        offset, bias = np.zeros((2, 2, 3, 3), half), np.full(2, -1, half)
+        if layout == "NHWC":
+            image, offset = image.transpose(0, 2, 3, 1), offset.transpose(0, 2, 3, 1)
+        out = cudcn.deform_conv2d(image, offset, weight, bias, layout=layout)
+        assert (out == half(float(near) ** 2 - 1)).all()
+
+    @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+    def test_the_bias_gets_the_sum_of_millions_of_pixels(self, layout: str) -> None:
+        """2**24 ones are as far as a running float32 sum counts."""
+        grad_output = np.ones((1, 1, 4200, 4200), np.float32)
+        sums = np.zeros(1, np.float32)
+        if layout == "NHWC":  # two channels, or its memory would be planar too
+            grad_output, sums = np.ones((1, 3000, 3000, 2), np.float32).transpose(0, 3, 1, 2), np.zeros(2, np.float32)
+        with launch.device(grad_output) as device:
+            OP.cuda._sum_pixels(device, grad_output, sums)
+        assert (sums == grad_output[0, 0].size).all()
+
+    def test_the_weights_sums_are_taken_in_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(OP.cuda, "_RUN", 50)
+        seen: list[int] = []
+        matmul = launch._Emulated.matmul
+
+        def spy(self: Any, a: Any, b: Any, out: Any) -> None:
+            seen.append(a.shape[1])
+            matmul(self, a, b, out)
+
+        monkeypatch.setattr(launch._Emulated, "matmul", spy)
+        agrees_with_float64(BY_NAME["groups NCHW"], "float32")
+        assert 50 in seen
+        assert 2 * 42 % 50 in seen
 
 
 # ---- other libraries
@@ -288,16 +340,6 @@ def test_empty_batch_and_no_output_channels() -> None:
     assert np.array_equal(grads["weight"], np.zeros((4, 4, 3, 3)))
     no_channels = DeformConv2d("no channels", out_channels=0)
     assert no_channels.forward(no_channels.tensors()).size == 0
-
-
-def test_an_object_with_dlpack() -> None:
-    class Exporter:
-        def __init__(self, array: np.ndarray) -> None:
-            self.__dlpack__, self.__dlpack_device__ = array.__dlpack__, array.__dlpack_device__
-
-    out = PLAIN.forward({name: Exporter(t) for name, t in PLAIN.tensors().items()})
-    assert type(out) is np.ndarray
-    PLAIN.close(out, PLAIN.expected(), "float64")
 
 
 # ---- bad input

@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import launch
 from ..check import LARGEST, arithmetic
-from ..launch import CTYPES, Kernel, ctype, layout
+from ..launch import CTYPES, Kernel, address, ctype, layout
 
 if TYPE_CHECKING:
     from ..ops.aggregate import Geometry
@@ -83,7 +83,7 @@ class _Call:
 
     def target(self, array: Any, dtype: Any) -> Any:
         """Where a kernel writes `array`'s elements: there, if they are contiguous, aligned and of `dtype`."""
-        if array is None or (array.dtype == dtype and array.flags.c_contiguous and _address(array) % 16 == 0):
+        if array is None or (array.dtype == dtype and array.flags.c_contiguous and address(array) % 16 == 0):
             return array
         return self.device.empty(array.shape, dtype)
 
@@ -113,7 +113,7 @@ class _Call:
         return next(
             v
             for v in _vectors(size)
-            if self.g.group_channels % v == 0 and all(_address(a) % (v * size) == 0 for a in arrays)
+            if self.g.group_channels % v == 0 and all(address(a) % (v * size) == 0 for a in arrays)
         )
 
     def _aggregate(self) -> np.ndarray:
@@ -146,7 +146,3 @@ def _source(g: Any, dtype: type) -> np.ndarray:
 
 def _kernel(name: str, data: str, places: str, source: str, vector: int) -> Kernel:
     return Kernel("aggregate", f"aggregate_{name}<{data}, {places}, {source}, {vector}>")
-
-
-def _address(array: Any) -> int:
-    return array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr

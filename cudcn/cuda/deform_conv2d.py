@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _THREADS = 256
 _SLAB = 16  # channels that share one thread's position and addresses
+_RUN = 1 << 14  # the most products of the weight's gradient that one matrix product sums in float32
+_SUMMANDS = 64  # of the bias's gradient that one thread sums in float32
 _CONVOLUTION = layout(
     (
         "height width out_height out_width kernel_w taps stride_h stride_w top left dilation_h dilation_w "
@@ -27,18 +29,20 @@ _CONVOLUTION = layout(
         np.int32,
     )
 )
+_PIXELS = layout(("images channels height width summands", np.int32))
 
 
 def kernels() -> list[Kernel]:
     """Every instance that this operator can launch."""
     halves = [(t, o, m) for t in ("float16", "bfloat16") for o in (t, "float32") for m in (t, "float32")]
     dtypes = [*halves, ("float32",) * 3, ("float64",) * 3]
-    return [
+    by_columns = [
         _kernel(name, tuple(CTYPES[d] for d in types), last)
         for name, types, last in itertools.product(
             ("sample", "backward_input", "backward_offset"), dtypes, (False, True)
         )
     ]
+    return by_columns + [_pixel_sums(*pair) for t in CTYPES for pair in {(t, "float64"), ("float64", t)}]
 
 
 def forward(g: Geometry, out: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> None:
@@ -46,12 +50,13 @@ def forward(g: Geometry, out: Any, input: Any, offset: Any, weight: Any, bias: A
     with launch.device(out) as device:
         columns = _Columns(g, device, input, offset, mask)
         matrix = columns.weights(weight)
-        for images in columns.chunks(_product_bytes(g, input)):
+        if bias is not None:
+            bias = bias.astype(arithmetic(input), copy=False)
+        for images in columns.chunks(input.dtype, _product_bytes(g, input)):
             operand = columns.sample(images)
             for group, channels in enumerate(_output_groups(g)):
-                _multiply(device, matrix[group], operand[group], out[images, channels])
-        if bias is not None:
-            out += bias.reshape(1, -1, 1, 1)
+                shift = None if bias is None else bias[channels]
+                _multiply(device, matrix[group], operand[group], shift, out[images, channels])
 
 
 def backward(
@@ -61,14 +66,13 @@ def backward(
     grad_input, grad_offset, grad_mask = g.nchw(grad_input, grad_offset, grad_mask)
     grad_output, input, offset, mask = g.nchw(grad_output, input, offset, mask)
     with launch.device(grad_output) as device:
-        xp = device.xp
         sums = arithmetic(input)
         columns = _Columns(g, device, input, offset, mask)
         matrix = columns.weights(weight)
         if grad_weight is not None:
-            weight_sums = xp.zeros((g.groups, *matrix.shape[1:]), sums)
+            weight_sums = device.xp.zeros((g.groups, *matrix.shape[1:]), sums)
         image_sums = g.channels * g.height * g.width * 4 if input.itemsize == 2 else 0
-        for images in columns.chunks(_product_bytes(g, input) + image_sums):
+        for images in columns.chunks(sums, _product_bytes(g, input) + image_sums):
             grad_product = _as_matrices(g, grad_output[images])
             if any(grad is not None for grad in (grad_input, grad_offset, grad_mask)):
                 grad_columns = columns.gradient(images, matrix, grad_product)
@@ -77,14 +81,11 @@ def backward(
                 if grad_input is not None:
                     columns.backward_input(images, grad_columns, grad_input)
             if grad_weight is not None:
-                operand = columns.sample(images)
-                for group in range(g.groups):
-                    share = device.matmul(grad_product[group], operand[group].T)
-                    weight_sums[group] += share.astype(sums, copy=False)
+                _add_products(device, grad_product, columns.sample(images), weight_sums)
         if grad_weight is not None:
             grad_weight[...] = columns.unweights(weight_sums).reshape(grad_weight.shape)
         if grad_bias is not None:
-            grad_bias[...] = grad_output.astype(sums, copy=False).sum(axis=(0, 2, 3))
+            _sum_pixels(device, grad_output, grad_bias)
 
 
 class _Columns:
@@ -101,12 +102,16 @@ class _Columns:
         self.group_channels = g.channels // g.groups
         self.buffer: Any = None
 
-    def chunks(self, scratch: int) -> list[slice]:
-        """Slices of the batch whose columns, and `scratch` more bytes an image, fit the workspace; makes the buffer."""
+    def chunks(self, dtype: Any, scratch: int) -> list[slice]:
+        """Slices of the batch whose columns, and `scratch` more bytes an image, fit the workspace; makes the buffer.
+
+        `dtype` is the largest type of column that will be asked for.
+        """
         g = self.g
-        per_image = g.channels * g.taps * g.out_pixels * self.input.itemsize + scratch
-        images = max(1, min(g.batch, launch.WORKSPACE // per_image, launch.LARGEST_GRID // g.out_pixels))
-        self.buffer = self.device.empty((images * g.channels * g.taps * g.out_pixels,), self.input.dtype)
+        per_image = g.channels * g.taps * g.out_pixels
+        most = launch.WORKSPACE // (per_image * np.dtype(dtype).itemsize + scratch)
+        images = max(1, min(g.batch, most, launch.LARGEST_GRID // g.out_pixels))
+        self.buffer = self.device.empty((images * per_image,), dtype)
         return [slice(n, min(n + images, g.batch)) for n in range(0, g.batch, images)]
 
     def weights(self, weight: Any) -> Any:
@@ -125,13 +130,14 @@ class _Columns:
         return split.transpose(0, 1, 3, 2)
 
     def sample(self, images: slice) -> Any:
-        whole, operand = self._views(images)
+        whole, operand = self._views(images, self.input.dtype)
         input = self.input[images]
         self._launch("sample", images, _SLAB, input, strides(input), *self._samples(images), whole)
         return operand
 
     def gradient(self, images: slice, matrix: Any, grad_product: Any) -> Any:
-        whole, operand = self._views(images)
+        """Of the columns, in the type of sums: what comes of it for a float32 offset has float32's precision."""
+        whole, operand = self._views(images, arithmetic(self.input))
         for group in range(self.g.groups):
             if self.last:
                 self.device.matmul(grad_product[group].T, matrix[group], out=operand[group].T)
@@ -165,12 +171,12 @@ class _Columns:
         if not direct:
             target[...] = sums
 
-    def _views(self, images: slice) -> tuple[Any, Any]:
+    def _views(self, images: slice, dtype: Any) -> tuple[Any, Any]:
         """The buffer's part for these images, and its (groups, K * C_in / groups, pixels) view."""
         g = self.g
         pixels = (images.stop - images.start) * g.out_pixels
         rows = g.taps * self.group_channels
-        whole = self.buffer[: g.groups * rows * pixels]
+        whole = self.buffer.view(dtype)[: g.groups * rows * pixels]
         if self.last:
             return whole, whole.reshape(g.groups, pixels, rows).transpose(0, 2, 1)
         return whole, whole.reshape(g.groups, rows, pixels)
@@ -208,8 +214,8 @@ def _kernel(name: str, types: tuple[str, ...], last: bool) -> Kernel:
 
 
 def _product_bytes(g: Geometry, input: Any) -> int:
-    """Of one image's product with the weights, or of its gradient, where memory's order asks for a copy."""
-    return g.out_channels * g.out_pixels * input.itemsize
+    """Of one image's product with the weights, or of its gradient, where the result's memory cannot take it."""
+    return g.out_channels * g.out_pixels * np.dtype(arithmetic(input)).itemsize
 
 
 def _output_groups(g: Geometry) -> list[slice]:
@@ -223,14 +229,54 @@ def _as_matrices(g: Geometry, images: Any) -> list[Any]:
     return [matrix[channels] for channels in _output_groups(g)]
 
 
-def _multiply(device: Any, matrix: Any, columns: Any, images: Any) -> None:
-    """images (n, C, H, W) = matrix (C, R) @ columns (R, n * H * W), without a copy where memory allows."""
+def _multiply(device: Any, matrix: Any, columns: Any, bias: Any, images: Any) -> None:
+    """images (n, C, H, W) = matrix (C, R) @ columns (R, n * H * W) + bias (C,), rounded once.
+
+    Without a copy where the images' type and memory allow.
+    """
     n, channels, height, width = images.shape
-    rows = images.transpose(0, 2, 3, 1)
-    if rows.flags.c_contiguous:
+    dtype = arithmetic(images)
+    product, rows = images, images.transpose(0, 2, 3, 1)
+    if images.dtype == dtype and rows.flags.c_contiguous:
         device.matmul(columns.T, matrix.T, out=rows.reshape(-1, channels))
-    elif n == 1 and images.flags.c_contiguous:
+    elif images.dtype == dtype and n == 1 and images.flags.c_contiguous:
         device.matmul(matrix, columns, out=images.reshape(channels, -1))
     else:
-        product = device.matmul(matrix, columns)
-        images[...] = product.reshape(channels, n, height, width).transpose(1, 0, 2, 3)
+        by_channel = device.empty((channels, columns.shape[1]), dtype)
+        device.matmul(matrix, columns, out=by_channel)
+        product = by_channel.reshape(channels, n, height, width).transpose(1, 0, 2, 3)
+    if bias is not None:
+        product += bias.reshape(-1, 1, 1)
+    if product is not images:
+        images[...] = product
+
+
+def _add_products(device: Any, grad_product: list[Any], columns: Any, sums: Any) -> None:
+    """sums[group] += grad_product[group] (C, pixels) @ columns[group]' (pixels, R), some pixels at a time."""
+    share = device.empty(sums.shape[1:], sums.dtype)
+    for group, gradient in enumerate(grad_product):
+        for first in range(0, gradient.shape[1], _RUN):
+            pixels = slice(first, first + _RUN)
+            device.matmul(gradient[:, pixels], columns[group, :, pixels].T, out=share)
+            sums[group] += share
+
+
+def _sum_pixels(device: Any, images: Any, sums: Any) -> None:
+    """sums (C,) = those over all pixels of images (n, C, H, W): each thread block's own, and then over the blocks."""
+    n, channels, height, width = images.shape
+    last = images.strides[1] == images.itemsize
+    block = (32, 8) if last else (1, 256)  # channels, pixels
+    tiles = -(-n * height * width // (_SUMMANDS * block[1]))
+    partial = device.empty((tiles, channels), np.float64)
+
+    def add(images: Any, summands: int, block: tuple[int, int], tiles: int, sums: Any) -> None:
+        pixels = np.array((*images.shape, summands), _PIXELS)
+        kernel = _pixel_sums(str(images.dtype), str(sums.dtype))
+        device.launch(kernel, tiles * -(-channels // block[0]), block, images, strides(images), sums, pixels)
+
+    add(images, _SUMMANDS, block, tiles, partial)
+    add(partial.T[None, :, None], tiles, (32, 8), 1, sums)
+
+
+def _pixel_sums(dtype: str, sums: str) -> Kernel:
+    return Kernel("deform_conv2d", f"deform_conv2d_backward_bias<{CTYPES[dtype]}, {CTYPES[sums]}>")
