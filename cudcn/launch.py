@@ -153,5 +153,7 @@ def device(array: Any) -> Iterator[Any]:
     if isinstance(array, np.ndarray):
         yield _Emulated()
     else:
+        if str(array.dtype) == "bfloat16" and np.lib.NumpyVersion(np.__version__) < "2.1.2":
+            raise ImportError(f"bfloat16 CuPy arrays need NumPy 2.1.2 or later, this is {np.__version__}")
         with array.device:
             yield _Cuda()
