@@ -14,22 +14,23 @@ _CPU = 1  # DLPack's device types
 _CUDA = 2
 
 
-def framework(op: str, names: Mapping[str, bool], tensors: Sequence[Any]) -> str:
+def framework(op: str, names: Mapping[str, bool], tensors: Sequence[Any], constants: Sequence[str] = ()) -> str:
     """'numpy', 'cupy', 'torch', 'jax' or 'dlpack'; TypeError unless all tensors agree, ValueError on devices.
 
-    `names` says of each tensor whether it can be None.
+    `names` says of each tensor whether it can be None; those in `constants` may be NumPy arrays beside others.
     """
     for (name, optional), tensor in zip(names.items(), tensors, strict=True):
         if tensor is None and not optional:
             raise TypeError(f"{op}: {name} is required, got None")
     given = [(name, t) for name, t in zip(names, tensors, strict=True) if t is not None]
     kinds = {name: _kind(op, name, t) for name, t in given}
-    if len(set(kinds.values())) > 1:
+    given = [(name, t) for name, t in given if not (name in constants and kinds[name] == "numpy")] or given
+    if len({kinds[name] for name, _ in given}) > 1:
         raise TypeError(f"{op}: all tensors must be of one framework, got {_listed(kinds)}")
     places = {name: _place(op, name, t) for name, t in given}
     if len(set(places.values())) > 1:
         raise ValueError(f"{op}: all tensors must be on one device, got {_listed(places)}")
-    return next(iter(kinds.values()))
+    return kinds[given[0][0]]
 
 
 def _listed(items: dict[str, Any]) -> str:

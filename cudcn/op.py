@@ -35,10 +35,12 @@ def by_position(
     frameworks: Sequence[str],
     tensors: tuple[Any, ...],
     keywords: dict[str, Any],
+    constants: Sequence[str] = (),
 ) -> tuple[Any, ...]:
     """An adapter's tensors in order, those given by name taken out of `keywords`. torch.compile traces this.
 
-    `names` and `attributes` say of each tensor and attribute whether it can be left out.
+    `names` and `attributes` say of each tensor and attribute whether it can be left out; `constants` names the
+    tensors that may be NumPy arrays beside another framework's.
     """
     if len(tensors) > len(names):
         raise TypeError(f"{name}: takes {len(names)} tensors by position, got {len(tensors)}")
@@ -49,7 +51,7 @@ def by_position(
     for attribute, optional in attributes.items():
         if not optional and attribute not in keywords:
             raise TypeError(f"{name}: {attribute} is required")
-    framework = dispatch.framework(name, names, tensors)
+    framework = dispatch.framework(name, names, tensors, constants)
     if framework not in frameworks:
         raise TypeError(f"{name}: cudcn.{frameworks[0]} takes tensors of {frameworks[0]}, got {framework}")
     return tensors

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,9 @@ torch = pytest.importorskip("torch")
 import cudcn.torch  # noqa: E402
 
 ATTRIBUTES = PLAIN.attributes
+FORWARD_MODE = "forward-mode differentiation is not implemented"
+# by torch.func.jvp itself, the first time
+jit_is_deprecated = pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")
 
 
 def to_torch(array: Any) -> Any:
@@ -63,6 +67,25 @@ def overload(name: str) -> Any:
 
 def gradients(given: Tensors) -> Tensors:
     return {name: None if t is None else t.grad for name, t in given.items()}
+
+
+def differentiable(case: Case) -> Tensors:
+    """Those of the case's tensors that have a gradient, by name."""
+    given = tensors(case, grad=False)
+    flags = case.op.differentiable([*given.values()])
+    return {name: t for (name, t), flag in zip(given.items(), flags, strict=True) if flag}
+
+
+def forward_of(case: Case, names: Iterable[str]) -> Callable[..., Any]:
+    """The operator as a function of these tensors alone."""
+    rest = tensors(case, grad=False)
+    return lambda *values: case.forward({**rest, **dict(zip(names, values, strict=True))})
+
+
+def loss_of(case: Case, names: Iterable[str]) -> Callable[..., Any]:
+    """A number whose gradient with respect to the output is `case.grad_output()`."""
+    forward, grad_output = forward_of(case, names), to_torch(case.grad_output())
+    return lambda *values: (forward(*values) * grad_output).sum()
 
 
 @pytest.fixture
@@ -251,6 +274,7 @@ def test_without_gradients() -> None:
         assert PLAIN.forward(tensors()).is_inference()
 
 
+@jit_is_deprecated
 @pytest.mark.parametrize("case", EACH, ids=str)
 def test_refuses_the_second_derivative(case: Case) -> None:
     given = tensors(case)
@@ -258,6 +282,130 @@ def test_refuses_the_second_derivative(case: Case) -> None:
     (grad,) = torch.autograd.grad(case.forward(given).sum(), first, create_graph=True)
     with pytest.raises(NotImplementedError, match=f"{case.op.name}: {SECOND}"):
         grad.sum().backward()
+    name, tensor = next(iter(differentiable(case).items()))
+    gradient = torch.func.grad(loss_of(case, [name]))
+    with pytest.raises(NotImplementedError, match=f"{case.op.name}: {SECOND}"):
+        torch.func.grad(lambda t: gradient(t).sum())(tensor)
+    grad_output = to_torch(case.grad_output())
+    raw = lambda t: case.backward(tensors(case, grad=False), t)[name]  # noqa: E731
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"{case.op.name}: {SECOND}"):
+        raw(torch.autograd.forward_ad.make_dual(grad_output, grad_output))
+
+
+@jit_is_deprecated
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_refuses_forward_mode(case: Case) -> None:
+    """Of each tensor, also where nothing is recorded for a backward pass."""
+    for name, tensor in differentiable(case).items():
+        loss = loss_of(case, [name])
+        with pytest.raises(NotImplementedError, match=f"{case.op.name}: {FORWARD_MODE}"):
+            torch.func.jvp(loss, (tensor,), (tensor,))
+        with (
+            torch.no_grad(),
+            torch.autograd.forward_ad.dual_level(),
+            pytest.raises(NotImplementedError, match=f"{case.op.name}: {FORWARD_MODE}"),
+        ):
+            loss(torch.autograd.forward_ad.make_dual(tensor, tensor))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_func_grad(case: Case, compiled: bool) -> None:
+    given = differentiable(case)
+    want = case.backward(tensors(case, grad=False), to_torch(case.grad_output()))
+
+    loss = loss_of(case, given)
+
+    def loss_twice(*values: Any) -> Any:
+        value = loss(*values)
+        return value, value.detach()
+
+    transform = torch.func.grad(loss_twice, argnums=tuple(range(len(given))), has_aux=True)
+    if compiled:
+        torch._dynamo.reset()
+        transform = torch.compile(transform, fullgraph=True, backend="aot_eager")
+    grads, value = transform(*given.values())
+    assert_close(value, double(loss(*given.values())))
+    for name, got in zip(given, grads, strict=True):
+        assert_close(got, double(want[name]))
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_func_vjp(case: Case) -> None:
+    given, grad_output = differentiable(case), to_torch(case.grad_output())
+    want = case.backward(tensors(case, grad=False), grad_output)
+
+    out, pull = torch.func.vjp(forward_of(case, given), *given.values())
+    assert_close(out, double(case.forward(tensors(case))))
+    for name, got in zip(given, pull(grad_output), strict=True):
+        assert_close(got, double(want[name]))
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_func_jacrev(case: Case) -> None:
+    """Of three of the output's numbers, against one backward pass for each."""
+    given, forward = differentiable(case), forward_of(case, differentiable(case))
+    out = forward(*given.values())
+    places = [0, out.numel() // 2, out.numel() - 1]
+    some = lambda *values: forward(*values).flatten()[places]  # noqa: E731
+    jacobians = torch.func.jacrev(some, argnums=tuple(range(len(given))))(*given.values())
+    for row, place in enumerate(places):
+        unit = torch.zeros(out.numel(), dtype=out.dtype)
+        unit[place] = 1
+        want = case.backward(tensors(case, grad=False), unit.reshape(out.shape))
+        for name, jacobian in zip(given, jacobians, strict=True):
+            assert_close(jacobian[row], double(want[name]))
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_vmap(case: Case) -> None:
+    """Over all tensors and over one, inside and outside of grad, and nested."""
+    again = replace(case, name=case.name + " again")  # other numbers
+    items = [tensors(case, grad=False), tensors(again, grad=False)]
+    given = {name: t for name, t in items[0].items() if t is not None}
+    stacked = {name: torch.stack([item[name] for item in items], -1) for name in given}
+    outs = torch.vmap(case.forward, in_dims=(dict.fromkeys(given, -1),), out_dims=1)(stacked)
+    for index, item in enumerate(items):
+        assert_close(outs[:, index], double(case.forward(item)))
+
+    name, tensor = next(iter(differentiable(case).items()))
+    one = torch.stack([tensor, 2 * tensor, 3 * tensor])
+    loss = loss_of(case, [name])
+    want = torch.stack([torch.func.grad(loss)(item) for item in one])
+    of_each = torch.vmap(torch.func.grad(loss))
+    assert_close(of_each(one), double(want))
+    assert_close(torch.vmap(of_each)(one[None])[0], double(want))
+    assert_close(torch.func.grad(lambda items: torch.vmap(loss)(items).sum())(one), double(want))
+    with pytest.raises(NotImplementedError, match=f"{case.op.name}: vmap over an axis of length 0"):
+        torch.vmap(loss)(one[:0])
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_autograd_records_outside_of_func(case: Case) -> None:
+    given, grad_output = tensors(case), to_torch(case.grad_output())
+    name = next(iter(given))
+    out, _ = torch.func.vjp(lambda t: case.forward({**given, name: t}), given[name])
+    out.backward(grad_output)
+    want = case.backward(tensors(case, grad=False), grad_output)
+    for name, got in gradients(given).items():
+        assert_close(got, double(want[name]))
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_meta(case: Case) -> None:
+    given = {name: None if t is None else t.to("meta") for name, t in tensors(case, grad=False).items()}
+    for name in differentiable(case):
+        given[name].requires_grad_()
+    out = case.forward(given)
+    assert out.is_meta
+    assert out.shape == case.output_shape()
+    out.sum().backward()
+    for name, grad in gradients(given).items():
+        if name in differentiable(case):
+            assert grad.is_meta
+            assert grad.shape == given[name].shape
+        else:
+            assert grad is None
 
 
 def test_empty_batch() -> None:
@@ -359,8 +507,80 @@ def test_tensors_by_position(case: Case) -> None:
     check_tensors_by_position(cudcn.torch, case, to_torch)
 
 
-def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    monkeypatch.delitem(sys.modules, "cudcn.torch.bind")
-    with pytest.raises(ImportError, match=r'pip install "cudcn\[torch\]"'):
-        importlib.import_module("cudcn.torch.bind")
+def test_only_bfloat16_needs_ml_dtypes() -> None:
+    script = """
+import sys
+sys.modules["ml_dtypes"] = None
+import torch, cudcn.torch
+x, rois = torch.ones(1, 2, 3, 3), torch.tensor([[0, 0, 0, 2, 2.0]])
+print(cudcn.torch.roi_avg_pool(x, rois, output_size=1).flatten().tolist())
+try:
+    cudcn.torch.roi_avg_pool(x.bfloat16(), rois, output_size=1)
+except ImportError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    values, error = run.stdout.splitlines()
+    assert values == "[1.0, 1.0]"
+    assert error.startswith("bfloat16 tensors need ml_dtypes: pip install ml_dtypes (")
+
+
+WITH_CONSTANTS = [case for case in EACH if case.op.constants]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("case", WITH_CONSTANTS, ids=str)
+def test_constants_of_numpy(case: Case, compiled: bool) -> None:
+    given, grad_output = tensors(case), to_torch(case.grad_output())
+    mixed = dict(given)
+    for name in case.op.constants:
+        mixed[name] = case.tensors()[name][::-1].copy()[::-1]  # which torch takes no view of
+        mixed[name].flags.writeable = False
+    function = case.forward
+    if compiled:
+        torch._dynamo.reset()
+        function = torch.compile(case.forward, fullgraph=True, backend="aot_eager")
+        for name in case.op.constants:
+            mixed[name] = case.tensors()[name].copy()  # as torch.compile wants its inputs
+    want, wants = expected(case, given, grad_output)
+    out = function(mixed)
+    assert_close(out, want)
+    out.backward(grad_output)
+    for name, got in gradients(given).items():
+        assert_close(got, wants[name])
+    raw = case.backward({n: t.detach() if isinstance(t, torch.Tensor) else t for n, t in mixed.items()}, grad_output)
+    for name, got in raw.items():
+        assert_close(got, wants[name])
+
+
+@pytest.mark.parametrize("case", WITH_CONSTANTS, ids=str)
+def test_only_constants_may_be_of_numpy(case: Case) -> None:
+    given = tensors(case, grad=False)
+    first = next(iter(given))
+    for name in set(given) - {first, *case.op.constants}:
+        if given[name] is not None:
+            with pytest.raises(TypeError, match=f"{case.op.name}: all tensors must be of one framework"):
+                case.forward({**given, name: double(given[name])})
+    meta = {name: None if t is None else t.to("meta") for name, t in given.items()}
+    for name in case.op.constants:
+        assert case.forward({**meta, name: np.asarray(given[name])}).is_meta
+        with pytest.raises(ValueError, match=f"{case.op.name}: all tensors must be on one device"):
+            case.forward({**meta, name: given[name]})
+
+
+@pytest.mark.parametrize(
+    "convert", [lambda t: t.to_sparse(), lambda t: t.detach().float().to_mkldnn()], ids=["sparse", "mkldnn"]
+)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_refuses_other_kinds_of_tensors(case: Case, grad: bool, convert: Any) -> None:
+    given, grad_output = tensors(case, grad=grad), to_torch(case.grad_output())
+    name = next(iter(given))
+    other = {**given, name: convert(given[name])}
+    message = (
+        f"tensors must be dense ones on a CPU or CUDA device, got .*{name}: {other[name].dtype}, {other[name].layout}"
+    )
+    with pytest.raises(TypeError, match=f"{case.op.name}: {message}"):
+        case.forward(other)
+    with pytest.raises(TypeError, match=f"{case.op.name}_backward: {message}"):
+        case.backward(other, grad_output)

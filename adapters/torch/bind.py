@@ -8,29 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
-try:
-    import ml_dtypes
-except ImportError as error:
-    raise ImportError(f'cudcn.torch needs ml_dtypes, install it with pip install "cudcn[torch]" ({error})') from error
-
 from ..op import Op, by_position, spec, spread
+from .transforms import autograd_kernel, vmap_rule
 
 _LIBRARY = torch.library.Library("cudcn", "FRAGMENT")  # what it defines lives as long as this object
 _SCHEMA_TYPES = {
     "Pair": "int[]", "Pair | None": "int[]", "Padding": "int[]",
     "int": "int", "float": "float", "bool": "bool", "str": "str",
-}  # fmt: skip
-_DTYPES = {
-    torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16,
-    torch.float32: np.float32, torch.float64: np.float64,
-    torch.int32: np.int32, torch.int64: np.int64,
 }  # fmt: skip
 
 
@@ -41,25 +32,38 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     run_backward = getattr(torch.ops.cudcn, f"{op.name}_backward").default
     # what the functions below need is looked up here: torch.compile traces them
     names, backward_names, attribute_names = op.tensors, op.backward_tensors, op.optional_attributes
-    name, fine, canonical, gradients = op.name, op.fine, op.canonical, op.gradients
+    name, fine, constants, canonical, gradients = op.name, op.fine, op.constants, op.canonical, op.gradients
+
+    def by_order(name: str, names: dict[str, bool], tensors: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        tensors = by_position(name, names, attribute_names, ("torch",), tensors, keywords, constants)
+        return _with_constants(tensors) if constants else tensors
 
     @functools.wraps(op.function)
     def forward(*tensors: Any, **attributes: Any) -> Any:
-        tensors = by_position(name, names, attribute_names, ("torch",), tensors, attributes)
+        tensors = by_order(name, names, tensors, attributes)
         return run(*_autocast(names, fine, tensors), *canonical(**attributes).values())
 
     @functools.wraps(op.backward_function)
     def backward(*tensors: Any, **attributes: Any) -> Any:
-        tensors = by_position(f"{name}_backward", backward_names, attribute_names, ("torch",), tensors, attributes)
+        tensors = by_order(f"{name}_backward", backward_names, tensors, attributes)
         needs = op.differentiable(tensors[1:])
         return gradients(*spread(needs, run_backward(*tensors, *canonical(**attributes).values(), needs)))
 
     return forward, backward
 
 
+def _with_constants(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """NumPy arrays, which only an operator's constants may be, as tensors on the others' device."""
+    device = tensors[0].device
+    # a copy: torch refuses arrays that run backwards and warns of those that are read-only
+    return tuple(torch.from_numpy(t.copy()).to(device) if isinstance(t, np.ndarray) else t for t in tensors)
+
+
 def _autocast(names: dict[str, bool], fine: Sequence[str], tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """The tensors as torch's convolutions take them under autocast; `fine` ones keep their float32."""
     device = tensors[0].device.type
+    if device not in ("cpu", "cuda"):  # "meta" has no autocast to ask about
+        return tensors
     if not torch.is_autocast_enabled(device) or any(t is not None and t.dtype == torch.float64 for t in tensors):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -73,11 +77,11 @@ def _define(op: Op) -> None:
     tensors = ", ".join(f"Tensor{'?' if optional else ''} {name}" for name, optional in op.tensors.items())
     attributes = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in op.attributes.items())
     count = len(op.tensors)
-    forward_name, backward_name = f"cudcn::{op.name}", f"cudcn::{op.name}_backward"
+    name, backward_name = op.name, f"{op.name}_backward"
     tags = (torch.Tag.pt2_compliant_tag,)
-    _LIBRARY.define(f"{op.name}({tensors}, {attributes}) -> Tensor", tags=tags)
+    _LIBRARY.define(f"{name}({tensors}, {attributes}) -> Tensor", tags=tags)
     _LIBRARY.define(
-        f"{op.name}_backward(Tensor grad_output, {tensors}, {attributes}, bool[] needs) -> Tensor[]",
+        f"{backward_name}(Tensor grad_output, {tensors}, {attributes}, bool[] needs) -> Tensor[]",
         tags=tags,
     )
 
@@ -115,27 +119,54 @@ def _define(op: Op) -> None:
     def fake_backward(*arguments: Any) -> Any:
         return [grad for grad in empty_grads(op.plan, arguments)[1] if grad is not None]
 
-    def save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:count])
-        ctx.attributes = inputs[count:]
+    def save(ctx: Any, arguments: Sequence[Any]) -> None:
+        ctx.save_for_backward(*arguments[:count])
+        ctx.attributes = arguments[count:]
 
     def differentiate(ctx: Any, grad_output: Any) -> Any:
-        given = zip(ctx.needs_input_grad, op.differentiable(ctx.saved_tensors), strict=False)
+        tensors = ctx.saved_tensors
+        given = zip(ctx.needs_input_grad[1:], op.differentiable(tensors), strict=False)
         needs = [asked and possible for asked, possible in given]
-        run = getattr(torch.ops.cudcn, f"{op.name}_backward").default
-        grads = run(grad_output, *ctx.saved_tensors, *ctx.attributes, needs)
+        grads = run_backward(grad_output, *tensors, *ctx.attributes, needs)
         return *spread(needs, grads), *(None for _ in ctx.attributes)
 
-    def refuse(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(f"{op.name}: the second derivative is not implemented")
+    def save_nothing(ctx: Any, arguments: Sequence[Any]) -> None:
+        pass
 
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(no_second)
+
+    no_forward_mode = f"{op.name}: forward-mode differentiation is not implemented"
+    no_second = f"{op.name}: the second derivative is not implemented"
+    run, run_backward = getattr(torch.ops.cudcn, name).default, getattr(torch.ops.cudcn, backward_name).default
     for key in "CPU", "CUDA":
-        _LIBRARY.impl(op.name, forward, key)
-        _LIBRARY.impl(f"{op.name}_backward", backward, key)
-    torch.library.register_fake(forward_name, fake_forward, lib=_LIBRARY)
-    torch.library.register_fake(backward_name, fake_backward, lib=_LIBRARY)
-    torch.library.register_autograd(forward_name, differentiate, setup_context=save, lib=_LIBRARY)
-    torch.library.register_autograd(backward_name, refuse, lib=_LIBRARY)
+        _LIBRARY.impl(name, forward, key)
+        _LIBRARY.impl(backward_name, backward, key)
+    for key, names in (name, op.tensors), (backward_name, op.backward_tensors):
+        _LIBRARY.impl(key, _unsupported(key, names), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cudcn::{name}", fake_forward, lib=_LIBRARY)
+    torch.library.register_fake(f"cudcn::{backward_name}", fake_backward, lib=_LIBRARY)
+    for key, kernel in (
+        (name, autograd_kernel(run, save, differentiate, no_forward_mode)),
+        (backward_name, autograd_kernel(run_backward, save_nothing, refuse, no_second)),
+    ):
+        _LIBRARY.impl(key, kernel, "Autograd", with_keyset=True)
+    for key, function in (name, run), (backward_name, run_backward):
+        torch.library.register_vmap(f"cudcn::{key}", vmap_rule(key, function), lib=_LIBRARY)
+
+
+def _unsupported(name: str, names: Iterable[str]) -> Callable[..., Any]:
+    """The kernel for all other kinds of tensors: sparse, quantized, nested, or on a device of another kind."""
+
+    def refuse(*arguments: Any) -> Any:
+        given = ", ".join(
+            f"{tensor_name}: {t.dtype}, {t.layout} on {t.device}"
+            for tensor_name, t in zip(names, arguments, strict=False)
+            if t is not None
+        )
+        raise TypeError(f"{name}: tensors must be dense ones on a CPU or CUDA device, got {given}")
+
+    return refuse
 
 
 @contextlib.contextmanager
@@ -156,8 +187,8 @@ def _arrays(first: torch.Tensor, *others: torch.Tensor | None) -> Any:
 
 
 def _numpy_view(tensor: torch.Tensor) -> Any:
-    if tensor.dtype == torch.bfloat16:  # which NumPy does not know
-        return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    if tensor.dtype == torch.bfloat16:  # which torch does not hand to NumPy
+        return tensor.detach().view(torch.int16).numpy().view(_numpy_dtype(torch.bfloat16))
     return tensor.detach().numpy()
 
 
@@ -167,7 +198,19 @@ def _cupy_view(tensor: torch.Tensor) -> Any:
 
     size = tensor.element_size()
     strides = tuple(size * stride for stride in tensor.stride())
-    return cupy.ndarray(tuple(tensor.shape), _DTYPES[tensor.dtype], _pointer(tensor), strides)
+    return cupy.ndarray(tuple(tensor.shape), _numpy_dtype(tensor.dtype), _pointer(tensor), strides)
+
+
+@functools.cache
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    """NumPy's dtype of the same name; bfloat16 is another package's."""
+    if dtype == torch.bfloat16:
+        try:
+            import ml_dtypes
+        except ImportError as error:
+            raise ImportError(f"bfloat16 tensors need ml_dtypes: pip install ml_dtypes ({error})") from error
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(str(dtype).removeprefix("torch."))
 
 
 def _torch_memory(device: torch.device, size: int) -> Any:
