@@ -36,7 +36,7 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     def by_order(name: str, names: dict[str, bool], tensors: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         tensors = by_position(name, names, attribute_names, ("torch",), tensors, keywords, constants)
-        return _with_constants(tensors) if constants else tensors
+        return tuple(as_tensor(t, tensors[0]) for t in tensors) if constants else tensors
 
     @functools.wraps(op.function)
     def forward(*tensors: Any, **attributes: Any) -> Any:
@@ -52,11 +52,12 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return forward, backward
 
 
-def _with_constants(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """NumPy arrays, which only an operator's constants may be, as tensors on the others' device."""
-    device = tensors[0].device
-    # a copy: torch refuses arrays that run backwards and warns of those that are read-only
-    return tuple(torch.from_numpy(t.copy()).to(device) if isinstance(t, np.ndarray) else t for t in tensors)
+def as_tensor(value: Any, like: torch.Tensor) -> Any:
+    """A NumPy array, which an operator's constants may be, as a tensor on the device of another."""
+    if not isinstance(value, np.ndarray):
+        return value
+    # a copy: torch refuses arrays that run backwards, and warns of those that are read-only
+    return torch.from_numpy(value.copy()).to(like.device)
 
 
 def _autocast(names: dict[str, bool], fine: Sequence[str], tensors: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ... import check
+from ...ops.aggregate import canonical
 from ...ops.dcnv3 import dcnv3
 from ...ops.dcnv4 import dcnv4
 from .layers import projection, zeroed
@@ -35,11 +37,13 @@ class DCNv3(torch.nn.Module):
         remove_center: bool = False,
     ) -> None:
         super().__init__()
-        dw_kernel_size = dw_kernel_size or kernel_size
-        _check_groups(type(self).__name__, channels, group, stride, center_feature_scale, kernel_size, dw_kernel_size)
-        taps = group * (kernel_size**2 - remove_center)
+        dw_kernel_size = kernel_size if dw_kernel_size is None else dw_kernel_size
+        self.attributes = _attributes(
+            type(self).__name__, channels, kernel_size, dw_kernel_size, stride, dilation, group, offset_scale,
+            center_feature_scale, remove_center,
+        )  # fmt: skip
         self.group = group
-        self.attributes = _attributes(kernel_size, stride, dilation, group, offset_scale, remove_center)
+        taps = group * (kernel_size**2 - remove_center)
         depthwise = torch.nn.Conv2d(
             channels, channels, dw_kernel_size, stride=stride, padding=dw_kernel_size // 2, groups=channels
         )
@@ -86,11 +90,15 @@ class DCNv4(torch.nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        _check_groups(name, channels, group, stride, center_feature_scale, kernel_size, dw_kernel_size or 1)
+        self.attributes = _attributes(
+            name, channels, kernel_size, 1 if dw_kernel_size is None else dw_kernel_size, stride, dilation, group,
+            offset_scale, center_feature_scale, remove_center,
+        )  # fmt: skip
         if stride > 1 and dw_kernel_size is None:
             raise ValueError(f"{name}: stride above 1 needs dw_kernel_size, got stride={stride}")
+        output_bias = check.flag(name, "output_bias", output_bias)
+        without_pointwise = check.flag(name, "without_pointwise", without_pointwise)
         self.group = group
-        self.attributes = _attributes(kernel_size, stride, dilation, group, offset_scale, remove_center)
         self.offset_mask_dw = dw_kernel_size and torch.nn.Conv2d(
             channels, channels, dw_kernel_size, stride=stride, padding=dw_kernel_size // 2, groups=channels
         )
@@ -112,24 +120,37 @@ class _ChannelsLast(torch.nn.Module):
         return input.permute(0, 2, 3, 1)
 
 
-def _check_groups(name: str, channels: int, group: int, stride: int, scale: bool, *kernel_sizes: int) -> None:
-    if group < 1 or channels % group:
+def _attributes(
+    name: str,
+    channels: int,
+    kernel_size: int,
+    dw_kernel_size: int,
+    stride: int,
+    dilation: int,
+    group: int,
+    offset_scale: float,
+    center_feature_scale: bool,
+    remove_center: bool,
+) -> dict[str, Any]:
+    """Of dcnv3 and dcnv4, the module's arguments checked; the padding keeps the output on the input's grid."""
+    for argument, value in (
+        ("channels", channels), ("kernel_size", kernel_size), ("dw_kernel_size", dw_kernel_size), ("stride", stride),
+        ("dilation", dilation), ("group", group),
+    ):  # fmt: skip
+        check.integer(name, argument, value, least=1)
+    if channels % group:
         raise ValueError(f"{name}: group must divide channels, got group={group}, channels={channels}")
-    if scale and stride != 1:
+    if check.flag(name, "center_feature_scale", center_feature_scale) and stride != 1:
         raise ValueError(f"{name}: center_feature_scale needs stride 1, got {stride}")
-    for size in kernel_sizes:
+    for size in kernel_size, dw_kernel_size:
         if size % 2 == 0:
             raise ValueError(f"{name}: kernel sizes must be odd, for the output to lie on the input's grid, got {size}")
-
-
-def _attributes(
-    kernel_size: int, stride: int, dilation: int, group: int, offset_scale: float, remove_center: bool
-) -> dict[str, Any]:
-    """Of dcnv3 and dcnv4; the padding keeps the output on the input's grid."""
-    return {
+    attributes = {
         "kernel_size": kernel_size, "stride": stride, "padding": dilation * (kernel_size // 2), "dilation": dilation,
         "group": group, "offset_scale": offset_scale, "remove_center": remove_center,
     }  # fmt: skip
+    canonical(name, **attributes)  # raises
+    return attributes
 
 
 def _add_center_feature_scale(module: Any, channels: int, group: int, wanted: bool) -> None:

@@ -39,16 +39,24 @@ class DeformConv2d(torch.nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if groups < 1 or in_channels % groups or out_channels % groups:
+        self.in_channels = check.integer(name, "in_channels", in_channels, least=1)
+        self.out_channels = check.integer(name, "out_channels", out_channels, least=1)
+        self.groups = check.integer(name, "groups", groups, least=1)
+        if self.in_channels % self.groups or self.out_channels % self.groups:
             raise ValueError(
                 f"{name}: groups must divide in_channels and out_channels, "
                 f"got groups={groups}, in_channels={in_channels}, out_channels={out_channels}"
             )
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size = check.pair(name, "kernel_size", kernel_size)
-        self.stride, self.padding, self.dilation = stride, padding, dilation
-        self.weight = torch.nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
-        self.register_parameter("bias", torch.nn.Parameter(torch.empty(out_channels)) if bias else None)
+        self.stride = check.pair(name, "stride", stride)
+        top, bottom, left, right = check.padding(name, padding)
+        self.padding = (top, left) if (top, left) == (bottom, right) else ((top, bottom), (left, right))
+        self.dilation = check.pair(name, "dilation", dilation)
+        bias = check.flag(name, "bias", bias)  # the eighth argument of others is a count of groups
+        self.weight = torch.nn.Parameter(
+            torch.empty(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        )
+        self.register_parameter("bias", torch.nn.Parameter(torch.empty(self.out_channels)) if bias else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -90,29 +98,34 @@ class ModulatedDeformConv2d(DeformConv2d):
         out_channels: int,
         kernel_size: Pair,
         stride: Pair = 1,
-        padding: Pair = 0,
+        padding: Padding = 0,
         dilation: Pair = 1,
         groups: int = 1,
         bias: bool = True,
         offset_groups: int = 1,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        if offset_groups < 1 or in_channels % offset_groups:
+        name = type(self).__name__
+        self.offset_groups = check.integer(name, "offset_groups", offset_groups, least=1)
+        if self.in_channels % self.offset_groups:
             raise ValueError(
-                f"{type(self).__name__}: offset_groups must divide in_channels, "
+                f"{name}: offset_groups must divide in_channels, "
                 f"got offset_groups={offset_groups}, in_channels={in_channels}"
             )
-        self.offset_groups = offset_groups
+        top, bottom, left, right = check.padding(name, padding)
+        # which an ordinary convolution cannot do
+        self._uneven = (left, right, top, bottom) if (top, left) != (bottom, right) else None
         self.conv_offset = torch.nn.Conv2d(
-            in_channels, 3 * offset_groups * math.prod(self.kernel_size), self.kernel_size,
-            stride=stride, padding=padding, dilation=dilation,
+            self.in_channels, 3 * self.offset_groups * math.prod(self.kernel_size), self.kernel_size,
+            stride=self.stride, padding=0 if self._uneven else (top, left), dilation=self.dilation,
         )  # fmt: skip
         torch.nn.init.zeros_(self.conv_offset.weight)
         torch.nn.init.zeros_(self.conv_offset.bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         taps = self.offset_groups * math.prod(self.kernel_size)
-        offset, mask = self.conv_offset(input).split((2 * taps, taps), dim=1)
+        padded = torch.nn.functional.pad(input, self._uneven) if self._uneven else input
+        offset, mask = self.conv_offset(padded).split((2 * taps, taps), dim=1)
         return self._convolve(input, offset, mask.sigmoid())
 
     def extra_repr(self) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
+from ... import check
 from ...ops.ms_deform_attn import ms_deform_attn
+from ..bind import as_tensor
 from .layers import projection, zeroed
 
 
@@ -18,7 +21,7 @@ class MSDeformAttn(torch.nn.Module):
     - query: (N, Q, d_model)
     - reference_points: (N, Q, n_levels, 2), (x, y) in [0, 1], or (N, Q, n_levels, 4) with (width, height) after them
     - input_flatten: (N, sum of H * W, d_model), the levels one after the other
-    - spatial_shapes: (n_levels, 2), (H, W) of each; level_start_index: (n_levels,)
+    - spatial_shapes: (n_levels, 2), (H, W) of each; level_start_index: (n_levels,); NumPy arrays will do
     - padding_mask: (N, sum of H * W), True where the input is padding
 
     and returns (N, Q, d_model). Parameters are named, and start, as in Deformable DETR's module: head m looks in
@@ -29,10 +32,13 @@ class MSDeformAttn(torch.nn.Module):
 
     def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
         super().__init__()
-        if n_heads < 1 or d_model % n_heads:
-            raise ValueError(
-                f"{type(self).__name__}: n_heads must divide d_model, got n_heads={n_heads}, d_model={d_model}"
-            )
+        name = type(self).__name__
+        for argument, value in (
+            ("d_model", d_model), ("n_levels", n_levels), ("n_heads", n_heads), ("n_points", n_points)
+        ):  # fmt: skip
+            check.integer(name, argument, value, least=1)
+        if d_model % n_heads:
+            raise ValueError(f"{name}: n_heads must divide d_model, got n_heads={n_heads}, d_model={d_model}")
         self.n_levels, self.n_heads, self.n_points = n_levels, n_heads, n_points
         self.sampling_offsets = zeroed(d_model, n_heads * n_levels * n_points * 2)
         self.attention_weights = zeroed(d_model, n_heads * n_levels * n_points)
@@ -51,10 +57,11 @@ class MSDeformAttn(torch.nn.Module):
         query: torch.Tensor,
         reference_points: torch.Tensor,
         input_flatten: torch.Tensor,
-        spatial_shapes: torch.Tensor,
-        level_start_index: torch.Tensor,
+        spatial_shapes: torch.Tensor | np.ndarray,
+        level_start_index: torch.Tensor | np.ndarray,
         padding_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        shapes: torch.Tensor = as_tensor(spatial_shapes, like=query)
         value = self.value_proj(input_flatten)
         if padding_mask is not None:
             value = value.masked_fill(padding_mask[..., None], 0)
@@ -63,7 +70,7 @@ class MSDeformAttn(torch.nn.Module):
         logits = self.attention_weights(query).reshape(places)
         points = reference_points[:, :, None, :, None]
         if reference_points.shape[-1] == 2:
-            locations = points + offsets / spatial_shapes.flip(-1)[:, None]
+            locations = points + offsets / shapes.flip(-1)[:, None]
         elif reference_points.shape[-1] == 4:
             locations = points[..., :2] + offsets / self.n_points * points[..., 2:] / 2
         else:
@@ -71,6 +78,6 @@ class MSDeformAttn(torch.nn.Module):
                 f"{type(self).__name__}: reference_points must be (N, Q, n_levels, 2) or (N, Q, n_levels, 4), "
                 f"got {tuple(reference_points.shape)}"
             )
-        heads = value.reshape(*value.shape[:2], self.n_heads, -1)
-        out = ms_deform_attn(heads, spatial_shapes, level_start_index, locations, logits, softmax=True)
+        heads = value.unflatten(-1, (self.n_heads, -1))
+        out = ms_deform_attn(heads, shapes, level_start_index, locations, logits, softmax=True)
         return self.output_proj(out)
