@@ -167,6 +167,30 @@ def test_takes_views_as_they_are(case: Case) -> None:
         assert_close(got, wants[name])
 
 
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_takes_any_grad_output(case: Case) -> None:
+    """With strides of 0, and negated lazily."""
+    one = torch.tensor(0.5, dtype=torch.float64)
+    turned = to_torch(case.grad_output())
+    for grad_output in one.expand(case.output_shape()), torch.complex(turned, -turned).conj().imag:
+        given = tensors(case)
+        _, wants = expected(case, given, grad_output.resolve_neg())
+        case.forward(given).backward(grad_output)
+        for name, got in gradients(given).items():
+            assert_close(got, wants[name])
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_notices_changes_in_place(case: Case) -> None:
+    for name in differentiable(case):
+        given = tensors(case)
+        changed = given[name] * 1
+        out = case.forward({**given, name: changed})
+        changed.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
 def test_takes_lazy_negation() -> None:
     given = tensors(grad=False)
     negated = torch.complex(given["input"], -given["input"]).conj().imag
@@ -298,8 +322,9 @@ def test_refuses_forward_mode(case: Case) -> None:
     """Of each tensor, also where nothing is recorded for a backward pass."""
     for name, tensor in differentiable(case).items():
         loss = loss_of(case, [name])
-        with pytest.raises(NotImplementedError, match=f"{case.op.name}: {FORWARD_MODE}"):
-            torch.func.jvp(loss, (tensor,), (tensor,))
+        for function in loss, torch.func.grad(loss):
+            with pytest.raises(NotImplementedError, match=f"{case.op.name}: {FORWARD_MODE}"):
+                torch.func.jvp(function, (tensor,), (tensor,))
         with (
             torch.no_grad(),
             torch.autograd.forward_ad.dual_level(),

@@ -1,4 +1,8 @@
-"""The operators on PyTorch tensors: differentiable once, seen by torch.compile, without copies."""
+"""The operators on PyTorch tensors: differentiable once, seen by torch.compile and torch.func, without copies.
+
+There is no forward mode (`torch.func.jvp`), and `torch.func.vmap` calls one item after the other. Tensors that say
+where to look and have no gradient (rois, spatial_shapes, level_start_index) may be NumPy arrays, which are copied.
+"""
 
 from .. import ops
 from .bind import bind

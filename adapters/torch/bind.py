@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import dispatch
 from ..op import Op, by_position, spec, spread
 from .transforms import autograd_kernel, vmap_rule
 
@@ -177,7 +178,7 @@ def _arrays(first: torch.Tensor, *others: torch.Tensor | None) -> Any:
     if device.type == "cpu":
         yield [None if t is None else _numpy_view(t) for t in (first, *others)]
         return
-    import cupy
+    cupy = dispatch.cupy()
 
     stream = torch.cuda.current_stream(device).cuda_stream
     external = cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, stream)))
@@ -195,7 +196,7 @@ def _numpy_view(tensor: torch.Tensor) -> Any:
 
 def _cupy_view(tensor: torch.Tensor) -> Any:
     """By address: from_dlpack would cost more and ask for streams; the dispatcher has resolved lazy negation."""
-    import cupy
+    cupy = dispatch.cupy()
 
     size = tensor.element_size()
     strides = tuple(size * stride for stride in tensor.stride())
@@ -221,7 +222,7 @@ def _torch_memory(device: torch.device, size: int) -> Any:
 
 def _pointer(tensor: torch.Tensor) -> Any:
     """Names the device, since an empty tensor's null address cannot tell it, and keeps the tensor alive."""
-    import cupy
+    cupy = dispatch.cupy()
 
     size = tensor.untyped_storage().nbytes() if tensor.numel() else 0
     memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), size, tensor, tensor.device.index)
