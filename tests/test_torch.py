@@ -550,6 +550,22 @@ except ImportError as error:
     assert error.startswith("bfloat16 tensors need ml_dtypes: pip install ml_dtypes (")
 
 
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_torch_ops_refuse_tensors_of_two_devices(case: Case) -> None:
+    """Also where the dispatcher picks the meta kernel, whose result nobody fills."""
+    given = {"grad_output": to_torch(case.grad_output()), **tensors(case, grad=False)}
+    needs = case.op.differentiable([*given.values()][1:])
+    for name in given:
+        if given[name] is not None:
+            grad_output, *mixed = {**given, name: given[name].to("meta")}.values()
+            rule = f"all tensors must be on one device, got .*{name}: meta"
+            if name != "grad_output":
+                with pytest.raises(ValueError, match=f"{case.op.name}: {rule}"):
+                    overload(case.op.name)(*mixed, *flat(case))
+            with pytest.raises(ValueError, match=f"{case.op.name}_backward: {rule}"):
+                overload(f"{case.op.name}_backward")(grad_output, *mixed, *flat(case), needs)
+
+
 WITH_CONSTANTS = [case for case in EACH if case.op.constants]
 
 

@@ -29,8 +29,7 @@ _SCHEMA_TYPES = {
 def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The operator's public pair on torch tensors."""
     _define(op)
-    run = getattr(torch.ops.cudcn, op.name).default
-    run_backward = getattr(torch.ops.cudcn, f"{op.name}_backward").default
+    run, run_backward = _operator(op.name), _operator(f"{op.name}_backward")
     # what the functions below need is looked up here: torch.compile traces them
     names, backward_names, attribute_names = op.tensors, op.backward_tensors, op.optional_attributes
     name, fine, constants, canonical, gradients = op.name, op.fine, op.constants, op.canonical, op.gradients
@@ -92,10 +91,12 @@ def _define(op: Op) -> None:
         return plan(tuple(map(spec, tensors)), **dict(zip(op.attributes, values, strict=True)))
 
     def empty(plan: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, Any]:
+        _check_devices(name, op.tensors, arguments)
         plan = planned(plan, arguments[:count], arguments[count:])
         return plan, torch.empty(plan.output.shape, dtype=arguments[0].dtype, device=arguments[0].device)
 
     def empty_grads(plan: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, list[Any]]:
+        _check_devices(backward_name, op.backward_tensors, arguments)
         grad_output, *tensors = arguments[: count + 1]
         plan = planned(plan, tensors, arguments[count + 1 : -1])
         op.check_grad_output(plan, grad_output)
@@ -138,23 +139,40 @@ def _define(op: Op) -> None:
     def refuse(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(no_second)
 
-    no_forward_mode = f"{op.name}: forward-mode differentiation is not implemented"
-    no_second = f"{op.name}: the second derivative is not implemented"
-    run, run_backward = getattr(torch.ops.cudcn, name).default, getattr(torch.ops.cudcn, backward_name).default
+    no_forward_mode = f"{name}: forward-mode differentiation is not implemented"
+    no_second = f"{name}: the second derivative is not implemented"
+    run, run_backward = _operator(name), _operator(backward_name)
+    autograd = autograd_kernel(run, save, differentiate, no_forward_mode)
+    backward_autograd = autograd_kernel(run_backward, save_nothing, refuse, no_second)
+    _register(name, op.tensors, forward, fake_forward, autograd)
+    _register(backward_name, op.backward_tensors, backward, fake_backward, backward_autograd)
+
+
+def _operator(name: str) -> Any:
+    return getattr(torch.ops.cudcn, name).default
+
+
+def _register(
+    name: str,
+    names: Iterable[str],
+    compute: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: Callable[..., Any],
+) -> None:
     for key in "CPU", "CUDA":
-        _LIBRARY.impl(name, forward, key)
-        _LIBRARY.impl(backward_name, backward, key)
-    for key, names in (name, op.tensors), (backward_name, op.backward_tensors):
-        _LIBRARY.impl(key, _unsupported(key, names), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"cudcn::{name}", fake_forward, lib=_LIBRARY)
-    torch.library.register_fake(f"cudcn::{backward_name}", fake_backward, lib=_LIBRARY)
-    for key, kernel in (
-        (name, autograd_kernel(run, save, differentiate, no_forward_mode)),
-        (backward_name, autograd_kernel(run_backward, save_nothing, refuse, no_second)),
-    ):
-        _LIBRARY.impl(key, kernel, "Autograd", with_keyset=True)
-    for key, function in (name, run), (backward_name, run_backward):
-        torch.library.register_vmap(f"cudcn::{key}", vmap_rule(key, function), lib=_LIBRARY)
+        _LIBRARY.impl(name, compute, key)
+    _LIBRARY.impl(name, _unsupported(name, names), "CompositeExplicitAutograd")  # the key of all that have no other
+    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"cudcn::{name}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"cudcn::{name}", vmap_rule(name, _operator(name)), lib=_LIBRARY)
+
+
+def _check_devices(name: str, names: Iterable[str], arguments: Sequence[Any]) -> None:
+    """For torch.ops: the public functions have checked it. The meta kernel's output would hold anything."""
+    places = {n: t.device for n, t in zip(names, arguments, strict=False) if t is not None}
+    if len(set(places.values())) > 1:
+        given = ", ".join(f"{tensor_name}: {device}" for tensor_name, device in places.items())
+        raise ValueError(f"{name}: all tensors must be on one device, got {given}")
 
 
 def _unsupported(name: str, names: Iterable[str]) -> Callable[..., Any]:
