@@ -23,56 +23,70 @@ def arithmetic(array: Any) -> type:
     return np.float64 if array.dtype == np.float64 else np.float32
 
 
+def _shown(value: Any) -> str:
+    """What an error says that it got: on one line, and not a page of digits."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python refuses to write an int of more than 4300 digits
+        return f"<{type(value).__name__} too long to show>"
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+
+
 def integer(op: str, name: str, value: Any, least: int) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = operator.index(value)
+        number = int(operator.index(value))  # int: the index of an IntEnum is one too
     except TypeError:
-        raise TypeError(f"{op}: {name} must be made of integers, got {value!r}") from None
+        raise TypeError(f"{op}: {name} must be made of integers, got {_shown(value)}") from None
     if not least <= number <= LARGEST:
-        raise ValueError(f"{op}: {name} must be at least {least} and below 2**31, got {value!r}")
+        raise ValueError(f"{op}: {name} must be at least {least} and below 2**31, got {_shown(value)}")
     return number
 
 
 def finite(op: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    number = float(value)
+        raise TypeError(f"{op}: {name} must be a number, got {_shown(value)}")
+    try:
+        number = float(value)
+    except OverflowError:  # of an int or a Fraction
+        number = math.inf
     if not -math.inf < number < math.inf:  # torch.compile cannot trace math.isfinite
-        raise ValueError(f"{op}: {name} must be finite, got {value!r}")
+        raise ValueError(f"{op}: {name} must be finite in float64, got {_shown(value)}")
     return number
 
 
 def flag(op: str, name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+        raise TypeError(f"{op}: {name} must be True or False, got {_shown(value)}")
     return bool(value)
 
 
-def pair(op: str, name: str, value: Any, least: int = 1) -> tuple[int, int]:
-    """`value` as (h, w)."""
-    if not isinstance(value, Sequence):
-        number = integer(op, name, value, least)
-        return number, number
-    if isinstance(value, str) or len(value) != 2:
-        raise ValueError(f"{op}: {name} must be an int or a pair (h, w), got {value!r}")
-    return integer(op, name, value[0], least), integer(op, name, value[1], least)
+def pair(op: str, name: str, value: Any, least: int = 1, axes: str = "(h, w)") -> tuple[int, int]:
+    """`value` for each of two axes."""
+    if isinstance(value, Sequence) and len(value) == 2 and not isinstance(value, str | bytes | bytearray):
+        return integer(op, name, value[0], least), integer(op, name, value[1], least)
+    if isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim):
+        raise ValueError(f"{op}: {name} must be an int or a pair {axes}, got {_shown(value)}")
+    number = integer(op, name, value, least)
+    return number, number
 
 
 def padding(op: str, value: Any) -> tuple[int, int, int, int]:
     """`value` as (top, bottom, left, right)."""
     if isinstance(value, Sequence) and len(value) == 2 and any(isinstance(v, Sequence) for v in value):
-        (top, bottom), (left, right) = (pair(op, "padding", v, least=0) for v in value)
+        top, bottom = pair(op, "padding[0]", value[0], 0, "(top, bottom)")
+        left, right = pair(op, "padding[1]", value[1], 0, "(left, right)")
         return top, bottom, left, right
-    h, w = pair(op, "padding", value, least=0)
+    h, w = pair(op, "padding", value, 0, "(h, w), or ((top, bottom), (left, right))")
     return h, h, w, w
 
 
 def choice(op: str, name: str, value: Any, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
-    return value
+    """The allowed string itself: a subclass, such as np.str_, may be written differently."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, allowed))}, got {_shown(value)}")
+    return allowed[allowed.index(value)]
 
 
 def rank(op: str, name: str, spec: Any, axes: str) -> None:
