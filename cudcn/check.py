@@ -36,7 +36,7 @@ def integer(op: str, name: str, value: Any, least: int) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = int(operator.index(value))  # int: the index of an IntEnum is one too
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{op}: {name} must be made of integers, got {_shown(value)}") from None
     if not least <= number <= LARGEST:

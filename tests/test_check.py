@@ -126,7 +126,7 @@ def test_nested_padding(value: Any, rule: str) -> None:
         (deform_conv2d.OP, "layout", np.str_("NHWC"), "NHWC"),
         (deform_roi_pool.OP, "sampling_ratio", np.int64(-1), 0),
     ],
-    ids=str,
+    ids=lambda v: v.name if isinstance(v, Op) else repr(v),
 )
 def test_canonical_values_are_plain(op: Op, name: str, value: Any, want: Any) -> None:
     """By their type too: repr and hash of a subclass may be others, and what is remembered by them."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import resource
+import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -27,11 +33,13 @@ from cudcn.op import Op
 from cudcn.ops.deform_conv2d import OP
 
 jax = pytest.importorskip("jax")
-pytest.importorskip("jax_tvm_ffi")
+jax_tvm_ffi = pytest.importorskip("jax_tvm_ffi")
 import jax.numpy as jnp  # noqa: E402
+from jax import export  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
 
 import cudcn.jax  # noqa: E402
+from cudcn.jax.bind import _parsed, _pieces  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,6 +67,14 @@ def convolve(*given: Any) -> Any:
 
 def total(*given: Any) -> Any:
     return (convolve(*given) ** 2).sum()
+
+
+def by_name(name: str) -> Case:
+    return next(case for case in EACH if case.op.name == name)
+
+
+def call(case: Case, given: Tensors, **attributes: Any) -> Any:
+    return getattr(cudcn, case.op.name)(**given, **{**case.attributes, **attributes})
 
 
 def differentiable(case: Case, given: Tensors) -> Tensors:
@@ -167,6 +183,74 @@ def test_gradients_under_every_transformation(order: tuple[Any, ...]) -> None:
                     assert_close(g, np.asarray(want[i]))
 
 
+@pytest.mark.parametrize("case", [case for case in EACH if case.op.constants], ids=str)
+@pytest.mark.parametrize("x64", [True, False])
+def test_numpy_constants(case: Case, x64: bool) -> None:
+    with jax.enable_x64(x64):
+        dtype = "float64" if x64 else "float32"
+        constants = {name: case.tensors(dtype)[name] for name in case.op.constants}
+        constants = {name: t.astype(np.int64) if t.dtype.kind == "i" else t for name, t in constants.items()}
+        given = {**tensors(case, dtype), **constants}
+        grad_output = jnp.asarray(case.grad_output(dtype))
+        want, wants = expected(case, given, grad_output)
+        variables = differentiable(case, given)
+        for transform in (lambda f: f, jax.jit):
+            out, vjp = jax.vjp(transform(lambda t: case.forward({**given, **t})), variables)
+            case.close(out, want, dtype)
+            for grads in vjp(grad_output)[0], case.backward(given, grad_output):
+                for name in variables:
+                    case.close(grads[name], wants[name], dtype)
+        batched = jax.vmap(lambda t: case.forward({**given, **t}))({n: t[None] for n, t in variables.items()})
+        case.close(batched[0], want, dtype)
+
+
+def test_numpy_integers_that_jax_would_cut() -> None:
+    case = by_name("ms_deform_attn")
+    with jax.enable_x64(False):
+        given = tensors(case, "float32")
+        given["level_start_index"] = case.tensors()["level_start_index"].astype(np.int64) + 2**32
+        with pytest.raises(ValueError, match="level_start_index must fit int32, got 42949"):
+            case.forward(given)
+
+
+def test_ahead_of_time_compiled_and_exported() -> None:
+    given = to_jax()
+    want = np.asarray(convolve(*given))
+    assert_close(jax.jit(convolve).lower(*given).compile()(*given), want)
+    unchecked = [export.DisabledSafetyCheck.custom_call("cudcn.deform_conv2d")]
+    exported = export.export(jax.jit(convolve), disabled_checks=unchecked)(*given)
+    assert_close(export.deserialize(exported.serialize()).call(*given), want)
+
+
+def test_buffers_in_any_order_and_donated() -> None:
+    case = by_name("dcnv3")
+    given, image = tensors(case), case.tensors()["input"]
+    out, grad, twice = jax.jit(
+        lambda turned: (
+            case.forward({**given, "input": turned.transpose(3, 1, 0, 2)}),
+            jax.grad(lambda x: case.forward({**given, "input": x.transpose(3, 1, 0, 2)}).sum())(turned),
+            2 * turned,
+        ),
+        donate_argnums=0,
+    )(jnp.asarray(image.transpose(2, 1, 3, 0)))
+    want = case.forward(case.tensors())
+    assert_close(out, want)
+    assert_close(grad.transpose(3, 1, 0, 2), case.backward(case.tensors(), np.ones_like(want))["input"])
+    assert_close(twice, 2 * image.transpose(2, 1, 3, 0))
+
+
+def test_weak_types_and_float64_without_x64() -> None:
+    case = by_name("roi_avg_pool")
+    with jax.enable_x64(False):
+        rois = case.tensors()["rois"]  # of float64, which is float32 here
+        image = jnp.full(case.tensors()["input"].shape, 2.0)
+        assert image.weak_type
+        grad = jax.grad(lambda x: case.forward({"input": x, "rois": rois}).sum())(image)
+    assert grad.dtype == "float32"
+    plain = {"input": np.asarray(image, np.float64), "rois": rois}
+    case.close(grad, case.backward(plain, np.ones_like(case.forward(plain)))["input"], "float32")
+
+
 def test_value_and_grad_without_optional_tensors() -> None:
     given = to_jax(replace(PLAIN, bias=False, mask=False))
     value, grads = jax.jit(jax.value_and_grad(total, (0, 2)))(*given)
@@ -175,7 +259,7 @@ def test_value_and_grad_without_optional_tensors() -> None:
 
 
 def test_many_attributes() -> None:
-    """jax-tvm-ffi frees long string attributes too early; ours must arrive, whatever their length."""
+    """They travel in pieces, and must arrive whatever their length."""
     given = to_jax()
     for padding in (0, 1, 12, 123, ((0, 1), (2, 3)), ((12, 34), (5, 67))):
         height, width = (
@@ -185,6 +269,71 @@ def test_many_attributes() -> None:
         got = cudcn.deform_conv2d(given[0], offset, given[2], padding=padding)
         want = cudcn.deform_conv2d(*(np.asarray(t) for t in (given[0], offset, given[2])), padding=padding)
         assert_close(got, want)
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_the_longest_attributes_fit(case: Case) -> None:
+    largest, float64 = 2**31 - 1, -1.2345678901234567e-300
+    longest = {
+        "Pair": (largest,) * 2, "Pair | None": (largest,) * 2, "Padding": (largest,) * 4,
+        "int": largest, "float": float64, "bool": False, "str": "NHWC",
+    }  # fmt: skip
+    values = tuple(longest[kind] for kind in case.op.attributes.values())
+    given = (1,) * len(case.op.backward_tensors)
+    pieces = _pieces(values, given)
+    assert max(map(len, pieces.values())) <= 7
+    assert _parsed(tuple(pieces.values())) == (values, given)
+
+
+def test_calls_leave_no_memory_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward calls of the adapter alone: what computes, and fills the outputs, is left out."""
+    for name in "forward", "backward":
+        monkeypatch.setattr(Op, name, lambda *_: None)
+    case = by_name("dcnv3")
+    given, grad_output = tensors(case), jnp.asarray(case.grad_output())
+    forward, backward = jax.jit(case.forward), jax.jit(case.backward)
+
+    def growth(count: int) -> int:
+        before = resident()
+        for _ in range(count):
+            jax.block_until_ready(forward(given))
+            jax.block_until_ready(backward(given, grad_output))
+        return resident() - before
+
+    growth(1000)
+    assert min(growth(5000) for _ in range(2)) < 2 * 5000 * 40  # bytes a call; a leak is in both
+
+
+def test_new_shapes_cost_the_memory_of_plain_jax() -> None:
+    rois = jnp.zeros((1, 5))
+
+    def growth(function: Callable[[Any], Any]) -> int:
+        def run(widths: range) -> None:
+            for width in widths:
+                jax.block_until_ready(function(jnp.asarray(np.ones((1, 1, 2, width)))))
+
+        run(range(1, 10))
+        before = resident()
+        run(range(10, 40))
+        return resident() - before
+
+    plain = growth(jax.jit(lambda x: jnp.sin(x).sum((2, 3))))
+    targets = jax_tvm_ffi.registered_count()
+    ours = growth(jax.jit(lambda x: cudcn.roi_avg_pool(x, rois, output_size=1)))
+    assert ours < 1.5 * plain
+    assert jax_tvm_ffi.registered_count() == targets  # a process has 1024, for all its libraries
+
+
+def resident() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_a_choice_of_numpys_strings() -> None:
+    """They equal Python's, so that JAX takes the trace of one for the other, but are written differently."""
+    given = to_jax()
+    for layout in np.str_("NCHW"), "NCHW":
+        assert_close(cudcn.deform_conv2d(*given, **{**ATTRIBUTES, "layout": layout}), np.asarray(convolve(*given)))
 
 
 def test_empty_batch() -> None:
@@ -197,6 +346,8 @@ def test_empty_batch() -> None:
 
 def test_refusals() -> None:
     given = to_jax()
+    with pytest.raises(TypeError, match="weight must be float64 like input, got float32"):
+        jax.jit(convolve)(*given[:2], given[2].astype("float32"), *given[3:])
     with pytest.raises(ValueError, match=r"offset must be \(N, 36, H_out, W_out\)"):
         jax.jit(cudcn.jax.deform_conv2d)(*given)
     with pytest.raises(NotImplementedError, match=SECOND):
@@ -210,13 +361,24 @@ def test_refusals() -> None:
         cudcn.jax.deform_conv2d_backward(jnp.ones(3), *given, **ATTRIBUTES)
 
 
-def test_reports_what_fails_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise ValueError("the reason")
-
-    monkeypatch.setattr(Op, "forward", fail)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="the reason"):
-        jax.block_until_ready(jax.jit(convolve)(*to_jax()))
+@pytest.mark.parametrize(
+    "name", ["roi_avg_pool", "psroi_pool", "deform_roi_pool", "deform_psroi_pool", "ms_deform_attn"]
+)
+def test_reports_what_fails_at_run_time(name: str) -> None:
+    """As JAX's error where it has just compiled the call, as a ValueError where it had compiled it before."""
+    case = by_name(name)
+    constant, reason = ("level_start_index", "each level") if name == "ms_deform_attn" else ("rois", "rois")
+    given = tensors(case)
+    bad = {**given, constant: given[constant] + 1000}
+    message = rf"INTERNAL: {name}: {reason}.* must"
+    function = jax.jit(case.forward)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(function(bad))
+    jax.block_until_ready(function(given))
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=message):
+        jax.block_until_ready(function(bad))
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=message):
+        jax.block_until_ready(case.backward(bad, jnp.asarray(case.grad_output())))
 
 
 def test_refuses_a_missing_attribute() -> None:
@@ -224,20 +386,28 @@ def test_refuses_a_missing_attribute() -> None:
 
 
 def test_threads() -> None:
-    given = to_jax()
-    want = np.asarray(convolve(*given))
-    with ThreadPoolExecutor(4) as pool:
-        for out in pool.map(lambda _: jax.jit(convolve)(*given), range(16)):
-            assert_close(out, want)
+    """Eight at once trace calls of their own attributes."""
+    case = by_name("deform_roi_pool")
+    given, start = tensors(case), Barrier(8)
+
+    def work(thread: int) -> list[Any]:
+        start.wait()
+        return [jax.jit(lambda t, a=a: call(case, t, **a))(given) for a in attributes[thread]]
+
+    attributes = [[{"gamma": 0.01 * (8 * i + thread)} for i in range(4)] for thread in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        outs = list(pool.map(work, range(8)))
+    for thread in range(8):
+        for a, out in zip(attributes[thread], outs[thread], strict=True):
+            assert_close(out, call(case, case.tensors(), **a))
 
 
-def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jax_tvm_ffi", None)
-    for name in ("cudcn.jax", "cudcn.jax.bind"):
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(cudcn, "jax")
-    with pytest.raises(ImportError, match=r'pip install "cudcn\[jax\]"'):
-        convolve(*to_jax())
+@pytest.mark.parametrize("module", ["jax", "jax_tvm_ffi", "tvm_ffi", "ml_dtypes"])
+def test_says_what_to_install(module: str) -> None:
+    package = {"jax_tvm_ffi": "jax-tvm-ffi", "tvm_ffi": "apache-tvm-ffi"}.get(module, module)
+    script = f"import sys; sys.modules[{module!r}] = None; import cudcn.jax"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert f"cudcn.jax needs the package {package}, " in done.stderr
 
 
 @pytest.mark.parametrize("case", EACH, ids=str)

@@ -1,4 +1,13 @@
-"""The operators on JAX arrays: differentiable once, under jit, grad and vmap, without copies or callbacks."""
+"""The operators on JAX arrays: differentiable once, under jit, grad and vmap, without copies or callbacks.
+
+A shape, dtype or attribute is checked when a call is traced, and what is wrong is the ValueError or TypeError of the
+operator's docstring. What depends on a tensor's values (a roi's image, the place of a level) shows only when the
+compiled call runs on the CPU: it arrives as `jax.errors.JaxRuntimeError`, or as a ValueError where JAX had compiled
+the same call before, with the same message after "INTERNAL:", and as late as when the result is waited for.
+
+The tensors without a gradient (rois, spatial_shapes, level_start_index) may be NumPy arrays beside JAX arrays; under
+jit they become constants.
+"""
 
 from .. import ops
 from .bind import bind

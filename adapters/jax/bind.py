@@ -1,8 +1,13 @@
 """An operator as two XLA custom calls, `cudcn.X` and `cudcn.X_backward`, and the functions that call them.
 
 XLA hands a custom call its buffers and its stream; the raw pair fills the output buffers in place, through NumPy
-or CuPy arrays over them. A call's attributes travel as text packed into integers: jax-tvm-ffi 0.1.3 frees a string
-of more than 7 bytes before the callee reads it (arrays it keeps alive).
+or CuPy arrays over them.
+
+The operator's attributes travel as one text, cut into pieces of 7 bytes. jax-tvm-ffi 0.1.3 keeps a copy of every
+number and array that a call passes as an attribute, for ever, and frees a string before the callee reads it; only
+strings of at most 7 bytes, which it holds without an allocation, arrive and leave nothing behind. A target per set of
+attributes would need none, but a process can register no more than 1024 of them, and what is compiled here and run
+elsewhere (`jax.export`) would not find its own.
 """
 
 from __future__ import annotations
@@ -16,20 +21,23 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import ml_dtypes  # noqa: F401  makes np.dtype("bfloat16") known
 import numpy as np
 
 try:
     import jax
     import jax_tvm_ffi
 except ImportError as error:
+    module = (error.name or "jax").partition(".")[0]
+    package = {"jax_tvm_ffi": "jax-tvm-ffi", "tvm_ffi": "apache-tvm-ffi"}.get(module, module)
     raise ImportError(
-        f'cudcn.jax needs JAX and jax-tvm-ffi, install them with pip install "cudcn[jax]" ({error})'
+        f'cudcn.jax needs the package {package}, which pip install "cudcn[jax]" brings ({error})', name=error.name
     ) from error
 
 from ..op import Op, by_position, spec, spread
 
 _FRAMEWORKS = ("jax", "numpy")  # jit takes NumPy's arrays too, and jax.test_util.check_grads passes them
+_PIECE = 7  # bytes
+_PIECES = [f"attributes{i:02}" for i in range(32)]  # in jax-tvm-ffi's order, which is by name
 Attributes = tuple[tuple[str, Any], ...]  # canonical ones, as JAX wants static arguments: hashable
 
 
@@ -72,58 +80,74 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     @functools.wraps(op.function)
     def forward(*tensors: Any, **attributes: Any) -> Any:
-        tensors = by_position(op.name, op.tensors, op.optional_attributes, _FRAMEWORKS, tensors, attributes)
+        tensors = by_order(op.name, op.tensors, tensors, attributes)
         return run(tuple(op.canonical(**attributes).items()), *tensors)
 
     @functools.wraps(op.backward_function)
     def backward(*tensors: Any, **attributes: Any) -> Any:
-        grad_output, *tensors = by_position(
-            f"{op.name}_backward", op.backward_tensors, op.optional_attributes, _FRAMEWORKS, tensors, attributes
-        )
+        grad_output, *tensors = by_order(f"{op.name}_backward", op.backward_tensors, tensors, attributes)
         return op.gradients(*run_backward(tuple(op.canonical(**attributes).items()), grad_output, *tensors))
+
+    def by_order(name: str, names: dict[str, bool], tensors: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        tensors = by_position(name, names, op.optional_attributes, _FRAMEWORKS, tensors, keywords, op.constants)
+        return [_fitting(name, n, t) for n, t in zip(names, tensors, strict=True)]
 
     return forward, backward
 
 
+def _fitting(op: str, name: str, tensor: Any) -> Any:
+    """The tensor; ValueError if it is a NumPy array of integers that JAX, without x64, would cut to 32 bits."""
+    if isinstance(tensor, np.ndarray) and tensor.dtype.kind in "iu":
+        dtype = jax.dtypes.canonicalize_dtype(tensor.dtype)
+        if (tensor != tensor.astype(dtype)).any():
+            raise ValueError(f"{op}: without jax_enable_x64 {name} must fit {dtype}, got {tensor.max()}")
+    return tensor
+
+
 def _call(name: str, attributes: Attributes, tensors: Sequence[Any], outputs: Sequence[Any]) -> Sequence[Any]:
-    given = tuple(tensor is not None for tensor in tensors)
+    given = tuple(int(tensor is not None) for tensor in tensors)
     arrays = [tensor for tensor in tensors if tensor is not None]
     call = jax.ffi.ffi_call(f"cudcn.{name}", outputs, vmap_method="sequential")
-    return call(*arrays, call=_packed(repr((attributes, given))))
+    return call(*arrays, **_pieces(tuple(value for _, value in attributes), given))
 
 
-def _packed(text: str) -> np.ndarray:
-    data = text.encode()
-    return np.frombuffer(data.ljust(-(-len(data) // 8) * 8), np.int64)
+def _pieces(values: tuple[Any, ...], given: tuple[int, ...]) -> dict[str, str]:
+    text = repr((values, given)).replace(" ", "")
+    return {name: text[i * _PIECE : (i + 1) * _PIECE] for i, name in enumerate(_PIECES)}
 
 
 @functools.lru_cache(maxsize=1024)
-def _parsed(call: tuple[int, ...]) -> tuple[dict[str, Any], tuple[bool, ...]]:
-    attributes, given = ast.literal_eval(np.array(call, np.int64).tobytes().decode())
-    return dict(attributes), given
+def _parsed(pieces: tuple[str, ...]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """What `_pieces` was given."""
+    return ast.literal_eval("".join(pieces))
 
 
 def _register(op: Op) -> None:
-    def forward(call: Sequence[int], stream: int, *buffers: Any) -> None:
-        attributes, given = _parsed(tuple(call))
+    def parts(call: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[int, ...], int, tuple[Any, ...]]:
+        """A call's attributes, which of its tensors are given, its stream and its buffers."""
+        values, given = _parsed(call[: len(_PIECES)])
+        stream, *buffers = call[len(_PIECES) :]
+        return dict(zip(op.attributes, values, strict=True)), given, stream, buffers
+
+    def forward(*call: Any) -> None:
+        attributes, given, stream, buffers = parts(call)
         with _device(buffers[0].device, stream):
             *arrays, out = map(_view, buffers)
             tensors = spread(given, arrays)
             op.forward(op.planned(tuple(map(spec, tensors)), **attributes), out, *tensors)
 
-    def backward(call: Sequence[int], stream: int, *buffers: Any) -> None:
-        attributes, given = _parsed(tuple(call))
+    def backward(*call: Any) -> None:
+        attributes, given, stream, buffers = parts(call)
         with _device(buffers[0].device, stream):
             arrays = [_view(buffer) for buffer in buffers]
             grad_output, *tensors = spread(given, arrays)
             grads = spread(op.differentiable(tensors), arrays[sum(given) :])
             op.backward(op.planned(tuple(map(spec, tensors)), **attributes), grads, grad_output, *tensors)
 
+    arguments = [*(f"attrs.{name}" for name in _PIECES), "ctx.stream", "args", "rets"]
     for platform in "cpu", "gpu":  # which asks for no GPU
         for name, function in (op.name, forward), (f"{op.name}_backward", backward):
-            jax_tvm_ffi.register_ffi_target(
-                f"cudcn.{name}", function, ["attrs.call", "ctx.stream", "args", "rets"], platform=platform
-            )
+            jax_tvm_ffi.register_ffi_target(f"cudcn.{name}", function, arguments, platform=platform)
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ def deform_roi_pool(
     Raises:
         ValueError: a shape, an attribute or a device breaks one of the rules above; or, on the CPU, a roi's n is not
             a whole number in [0, N). On CUDA, where nobody looks at the values before the kernel runs, such a roi
-            yields 0.
+            yields 0. (Where JAX runs the call, its own `jax.errors.JaxRuntimeError` may carry this message.)
         TypeError: a dtype does, or the tensors are of different frameworks.
 
     Papers: Deformable Convolutional Networks (Dai et al., 2017), section 2.2; Deformable ConvNets v2 (Zhu et al.,

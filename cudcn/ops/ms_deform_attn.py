@@ -51,7 +51,7 @@ def ms_deform_attn(
     Raises:
         ValueError: a shape, an attribute or a device breaks one of the rules above; on the CPU also where a level
             is empty or does not lie inside value. (On CUDA, where nobody looks at the numbers beforehand, such a
-            level adds 0.)
+            level adds 0. Where JAX runs the call, its own `jax.errors.JaxRuntimeError` may carry this message.)
         TypeError: a dtype does, or the tensors are of different frameworks.
 
     Paper: Deformable DETR: Deformable Transformers for End-to-End Object Detection (Zhu et al., 2021).

@@ -44,7 +44,7 @@ def roi_avg_pool(input: Any, rois: Any, *, output_size: Pair, spatial_scale: flo
     Raises:
         ValueError: a shape, an attribute or a device breaks one of the rules above; or, on the CPU, a roi's n is not
             a whole number in [0, N). On CUDA, where nobody looks at the values before the kernel runs, such a roi
-            yields 0.
+            yields 0. (Where JAX runs the call, its own `jax.errors.JaxRuntimeError` may carry this message.)
         TypeError: a dtype does, or the tensors are of different frameworks.
 
     Paper: the bins of R-FCN (Dai et al., 2016), section 2.
