@@ -99,8 +99,9 @@ def _fitting(op: str, name: str, tensor: Any) -> Any:
     """The tensor; ValueError if it is a NumPy array of integers that JAX, without x64, would cut to 32 bits."""
     if isinstance(tensor, np.ndarray) and tensor.dtype.kind in "iu":
         dtype = jax.dtypes.canonicalize_dtype(tensor.dtype)
-        if (tensor != tensor.astype(dtype)).any():
-            raise ValueError(f"{op}: without jax_enable_x64 {name} must fit {dtype}, got {tensor.max()}")
+        cut = tensor != tensor.astype(dtype)
+        if cut.any():
+            raise ValueError(f"{op}: without jax_enable_x64 {name} must fit {dtype}, got {tensor[cut][0]}")
     return tensor
 
 
