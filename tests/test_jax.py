@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from jax import export  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
 
 import cudcn.jax  # noqa: E402
-from cudcn.jax.bind import _parsed, _pieces  # noqa: E402
+from cudcn.jax.bind import _device, _parsed, _pieces  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -410,6 +411,12 @@ def test_says_what_to_install(module: str) -> None:
     script = f"import sys; sys.modules[{module!r}] = None; import cudcn.jax"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert f"cudcn.jax needs the package {package}, " in done.stderr
+
+
+def test_says_that_gpus_need_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ImportError, match="arrays in GPU memory need CuPy"):
+        _device(SimpleNamespace(type="cuda", index=0), 0).__enter__()
 
 
 @pytest.mark.parametrize("case", EACH, ids=str)

@@ -33,6 +33,7 @@ except ImportError as error:
         f'cudcn.jax needs the package {package}, which pip install "cudcn[jax]" brings ({error})', name=error.name
     ) from error
 
+from .. import dispatch
 from ..op import Op, by_position, spec, spread
 
 _FRAMEWORKS = ("jax", "numpy")  # jit takes NumPy's arrays too, and jax.test_util.check_grads passes them
@@ -157,7 +158,7 @@ def _device(device: Any, stream: int) -> Any:
     if device.type == "cpu":
         yield
         return
-    import cupy
+    cupy = dispatch.cupy()
 
     external = cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, stream)))
     with cupy.cuda.Device(device.index), external:
@@ -170,7 +171,7 @@ def _view(buffer: Any) -> Any:
     size = math.prod(shape) * dtype.itemsize
     if buffer.device.type == "cpu":
         return np.ndarray(shape, dtype, (ctypes.c_char * size).from_address(buffer.data_ptr()))
-    import cupy
+    cupy = dispatch.cupy()
 
     memory = cupy.cuda.UnownedMemory(buffer.data_ptr(), size, None, buffer.device.index)
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
