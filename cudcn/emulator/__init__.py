@@ -2,7 +2,7 @@
 
 g++ compiles a `.cu` against the headers in `include/`, which stand in for CUDA's device language; the threads
 of a block run one after another, as fibers. It needs g++ 11 or later, on Linux, on an x86-64 processor with
-AVX2.
+AVX2; `unavailable()` says why it cannot run on another.
 
     sample = kernel(Path("kernels_cu/deform_conv2d.cu"), "deform_conv2d_sample<float, float, false>")
     sample((blocks,), (256,), (input, offset, mask, columns, shape))
@@ -21,10 +21,10 @@ A race changes the result of the fast build only where the threads run in an ord
 `order="reverse"` and `order="random"`. What is not emulated is listed in `include/cuda_emulator.h`.
 """
 
-from .build import kernel
+from .build import kernel, unavailable
 from .configuration import settings
 from .errors import BuildError, EmulatorError
 from .launch import Kernel
 from .memory import empty
 
-__all__ = ["BuildError", "EmulatorError", "Kernel", "empty", "kernel", "settings"]
+__all__ = ["BuildError", "EmulatorError", "Kernel", "empty", "kernel", "settings", "unavailable"]
