@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 
 def main() -> None:
@@ -14,7 +15,10 @@ def main() -> None:
 
     from . import nvrtc
 
-    print(nvrtc.table(arguments.arch or nvrtc.ARCHITECTURES))
+    try:
+        print(nvrtc.table(arguments.arch or nvrtc.ARCHITECTURES, report=lambda line: print(line, file=sys.stderr)))
+    except (ImportError, RuntimeError) as error:  # they say what is missing, or what NVRTC refused
+        sys.exit(f"{parser.prog} kernels: {error}")
 
 
 if __name__ == "__main__":

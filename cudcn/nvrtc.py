@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from .cuda import aggregate, deform_conv2d, pooling
@@ -30,8 +32,7 @@ def kernels() -> list[Kernel]:
 
 def compile_kernels(source: Path, expressions: Sequence[str], architecture: str) -> dict[str, Resources]:
     """The resources of each template instance of a `.cu`; RuntimeError with NVRTC's log if it does not compile."""
-    from cupy.cuda import nvrtc
-
+    nvrtc = _nvrtc()
     program = nvrtc.createProgram(source.read_text(), source.name, (), ())
     try:
         for expression in expressions:
@@ -49,11 +50,27 @@ def compile_kernels(source: Path, expressions: Sequence[str], architecture: str)
     return {names[name]: resources for name, resources in found.items() if name in names}
 
 
+def _nvrtc() -> ModuleType:
+    """CuPy's binding of the compiler, which loads the library at its first call."""
+    try:
+        from cupy.cuda import nvrtc
+    except ImportError as error:
+        raise ImportError(
+            f"CuPy cannot be imported ({error}): pip install cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-runtime"
+        ) from error
+    try:
+        nvrtc.getVersion()
+    except Exception as error:  # each version of CuPy has its own
+        reason = str(error).partition("\n")[0]
+        raise RuntimeError(f"NVRTC was not found ({reason}): install nvidia-cuda-nvrtc") from error
+    return nvrtc
+
+
 def _cuda_headers() -> Path:
     """The include folder with cuda_fp16.h: of the nvidia-cuda-runtime wheel, or of an installed CUDA."""
-    import nvidia
-
-    folders = [folder for root in nvidia.__path__ for folder in Path(root).glob("*/include")]
+    wheels = importlib.util.find_spec("nvidia")
+    roots = wheels.submodule_search_locations if wheels else None
+    folders = [folder for root in roots or () for folder in Path(root).glob("*/include")]
     if "CUDA_PATH" in os.environ:
         folders.append(Path(os.environ["CUDA_PATH"]) / "include")
     for folder in folders:
@@ -81,14 +98,17 @@ def _resources(text: str) -> Resources:
     )
 
 
-def table(architectures: Sequence[str]) -> str:
-    """A Markdown table of every kernel's resources."""
+def table(architectures: Sequence[str], report: Callable[[str], object]) -> str:
+    """A Markdown table of every kernel's resources; `report` is told what is compiled next."""
     rows = ["| kernel | " + " | ".join(architectures) + " |", "|" + "---|" * (len(architectures) + 1)]
     by_source: dict[str, list[str]] = {}
     for kernel in kernels():
         by_source.setdefault(kernel.source, []).append(kernel.expression)
     for source, expressions in by_source.items():
-        compiled = [compile_kernels(SOURCES / f"{source}.cu", expressions, a) for a in architectures]
+        compiled = []
+        for architecture in architectures:
+            report(f"{source}.cu for {architecture}: {len(expressions)} kernels")
+            compiled.append(compile_kernels(SOURCES / f"{source}.cu", expressions, architecture))
         for expression in expressions:
             cells = (_cell(resources[expression]) for resources in compiled)
             rows.append(f"| `{expression}` | " + " | ".join(cells) + " |")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cudcn import launch, nvrtc
+from cudcn.__main__ import main
 
 pytest.importorskip("cupy")
 SOURCES = sorted({kernel.source for kernel in nvrtc.kernels()})
@@ -74,7 +78,52 @@ def test_a_changed_header_changes_the_options(tmp_path: Path, monkeypatch: pytes
 
 def test_the_table_can_be_printed() -> None:
     command = [sys.executable, "-m", "cudcn", "kernels", "--arch", "sm_80"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     for kernel in nvrtc.kernels():
-        assert f"| `{kernel.expression}` | " in printed
-    assert " regs, " in printed
+        assert f"| `{kernel.expression}` | " in done.stdout
+    assert " regs, " in done.stdout
+    counts = Counter(kernel.source for kernel in nvrtc.kernels())
+    assert done.stderr.splitlines() == [f"{source}.cu for sm_80: {n} kernels" for source, n in counts.items()]
+
+
+@pytest.fixture
+def failure(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What `python -m cudcn kernels` says when it cannot go on."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["cudcn", "kernels", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return str(stopped.value)
+
+    return run
+
+
+def test_missing_cupy(failure: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    message = r"cudcn kernels: CuPy cannot be imported .*pip install cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-runtime"
+    assert re.fullmatch(f"python -m {message}", failure())
+
+
+def test_missing_compiler(failure: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_found() -> None:
+        raise OSError("no libnvrtc.so.13\nin twenty places")
+
+    monkeypatch.setattr("cupy.cuda.nvrtc.getVersion", not_found)
+    assert failure().endswith("NVRTC was not found (no libnvrtc.so.13): install nvidia-cuda-nvrtc")
+
+
+def test_missing_headers(failure: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvrtc._nvrtc()  # loads the library, which lies beside the headers
+    monkeypatch.setitem(sys.modules, "nvidia", None)
+    for place in (None, str(tmp_path)):
+        if place:
+            monkeypatch.setenv("CUDA_PATH", place)
+        else:
+            monkeypatch.delenv("CUDA_PATH", raising=False)
+        assert failure().endswith("cuda_fp16.h was not found: install nvidia-cuda-runtime, or set CUDA_PATH")
+
+
+def test_unknown_architecture(failure: Callable) -> None:
+    message = "deform_conv2d.cu does not compile for sm_8: nvrtc: error: invalid value for --gpu-architecture (-arch)"
+    assert " ".join(failure("--arch", "sm_8").split()).endswith(message)
