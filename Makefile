@@ -1,9 +1,10 @@
-# Each of demo and test builds .venv and installs what it needs there.
+# Each of demo, test and lint makes .venv and installs what it needs there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo test gpu lint clean
+.NOTPARALLEL:  # all install into the one .venv
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/quickstart.py
@@ -15,6 +16,7 @@ test: $(VENV)/test
 
 # On a machine with a CUDA device, in the environment that is there: nothing is installed.
 gpu:
+	@$(PYTHON) -c "$$GPU_NEEDS"
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -m gpu
 	$(PYTHON) benchmarks/gpu.py
 
@@ -26,10 +28,33 @@ lint: $(VENV)/dev
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-# one stamp file per set of extras, older than pyproject.toml when that has changed
+# One stamp file per set of extras, older than pyproject.toml when that has changed. A .venv without pip is one that was
+# left half made, for want of Debian's python3-venv; making it once more completes it.
 $(VENV)/demo $(VENV)/test $(VENV)/dev: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(PYTHON) -c "$$RECENT" && $(PYTHON) -m venv $(VENV); } || { \
+	  echo "$(VENV) could not be made. On Debian and Ubuntu: apt-get install python3-venv. Else: make clean, and again."; \
+	  exit 1; }
 	@echo "installing cudcn[$(@F)] into $(VENV)"
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[$(@F)]"
+	$(BIN)/python -m pip install --editable ".[$(@F)]"
 	touch $@
+
+define RECENT
+import sys
+if sys.version_info < (3, 11):
+    sys.exit(f"cudcn needs Python 3.11 or later, this is {sys.version.split()[0]}; another: make PYTHON=python3.12")
+endef
+
+define GPU_NEEDS
+from importlib.util import find_spec
+import sys
+names = "numpy scipy ml_dtypes cupy torch pytest hypothesis".split()
+lacking = [name for name in names if not find_spec(name)]
+if not lacking and not find_spec("cudcn.torch"):
+    lacking = ["cudcn"]  # its folders lie under their installed names only once it is installed
+if lacking:
+    sys.exit(
+        f"make gpu installs nothing, and {sys.executable} lacks {', '.join(lacking)}. It needs:\n"
+        "  pip install --editable '.[torch,cuda13]' pytest hypothesis   (cuda12 beside a torch for CUDA 12)"
+    )
+endef
+export RECENT GPU_NEEDS

@@ -146,7 +146,7 @@ def machine() -> dict[str, Any]:
         except ImportError:
             versions.append(f"{name} not installed")
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "processor": processor(),
         "threads": threads(),

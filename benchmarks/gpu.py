@@ -349,7 +349,7 @@ def machine(commit: str) -> dict[str, str]:
         "cuDNN": str(torch.backends.cudnn.version()),
         "cudcn": cudcn.__version__,
         "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
     }
     for name in ("torchvision", "cupy"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Iterator[None]:
+    """Skips a test at its first emulated launch where the emulator cannot run."""
+    try:
+        return (yield)
+    except emulator.EmulatorError:
+        if reason := emulator.unavailable():
+            pytest.skip(reason)
+        raise
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
@@ -53,6 +65,8 @@ def any_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The emulator's own, whatever the environment says."""
+    """The emulator's own, whatever the environment says; its tests are skipped where it cannot run."""
+    if reason := emulator.unavailable():
+        pytest.skip(reason)
     monkeypatch.delenv("CUDCN_EMULATOR_BUILD", raising=False)
     monkeypatch.delenv("CUDCN_EMULATOR_ORDER", raising=False)

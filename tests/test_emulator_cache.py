@@ -209,3 +209,19 @@ def test_other_processors(load: Callable, monkeypatch: pytest.MonkeyPatch) -> No
     assert emulator.unavailable() == "the emulator needs a processor with AVX2 (x86-64-v3), this one lacks avx2, fma"
     with pytest.raises(EmulatorError, match="this one lacks avx2, fma"):
         load()
+
+
+def test_emulated_tests_are_skipped_on_other_machines(tmp_path: Path) -> None:
+    """A launch, and a fault that is expected of one."""
+    (tmp_path / "other_machine.py").write_text("import platform\nplatform.machine = lambda: 'aarch64'\n")
+    tests = Path(__file__).parent
+    chosen = [
+        f"{tests / 'test_emulator.py'}::test_null_pointer_and_stack_overflow",
+        f"{tests / 'test_deform_conv2d.py'}::TestEverySmallCase::test_emulated_float32",
+    ]
+    command = [sys.executable, "-m", "pytest", "-p", "other_machine", "-n", "0", "-rs", *chosen]
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the emulator runs on Linux on x86-64 only, this is linux on aarch64" in done.stdout
+    assert " passed" not in done.stdout

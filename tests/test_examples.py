@@ -1,0 +1,52 @@
+"""What the demo says of the frameworks that are there, and of those that are not."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from cudcn import emulator
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture
+def quickstart() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("quickstart", EXAMPLES / "quickstart.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compared(quickstart: ModuleType, rng: np.random.Generator) -> bool:
+    image, clean = rng.random((2, 3, 9, 11)).astype(np.float32)
+    return quickstart.compare(image, *quickstart.steer(image), clean)
+
+
+def test_what_each_row_proves(
+    quickstart: ModuleType, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if reason := emulator.unavailable():
+        pytest.skip(reason)
+    assert compared(quickstart, rng)
+    printed = capsys.readouterr().out
+    for row in ("torch adapter  ", "JAX adapter    ", "CUDA, emulated "):
+        assert any(line.startswith(row) and line.endswith(" agrees") for line in printed.splitlines())
+    assert "their rows\nprove the adapters, not the arithmetic" in printed
+
+
+def test_the_emulator_is_skipped_where_it_cannot_run(
+    quickstart: ModuleType,
+    rng: np.random.Generator,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert compared(quickstart, rng)
+    assert "\nCUDA, emulated  skipped: the emulator runs on Linux on x86-64 only" in capsys.readouterr().out
