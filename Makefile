@@ -31,9 +31,11 @@ clean:
 # One stamp file per set of extras, older than pyproject.toml when that has changed. A .venv without pip is one that was
 # left half made, for want of Debian's python3-venv; making it once more completes it.
 $(VENV)/demo $(VENV)/test $(VENV)/dev: pyproject.toml
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(PYTHON) -c "$$RECENT" && $(PYTHON) -m venv $(VENV); } || { \
-	  echo "$(VENV) could not be made. On Debian and Ubuntu: apt-get install python3-venv. Else: make clean, and again."; \
-	  exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  $(PYTHON) -c "$$RECENT" || exit 1; \
+	  $(PYTHON) -m venv $(VENV) || { \
+	    echo "$(VENV) could not be made. On Debian and Ubuntu: apt-get install python3-venv. Else: make clean, and again."; \
+	    exit 1; }; }
 	@echo "installing cudcn[$(@F)] into $(VENV)"
 	$(BIN)/python -m pip install --editable ".[$(@F)]"
 	touch $@

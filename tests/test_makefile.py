@@ -79,6 +79,7 @@ def test_an_old_python_is_told_before_it_makes_a_venv(checkout: Path) -> None:
     failed = make(checkout, "demo", f"PYTHON={old}")
     assert failed.returncode != 0
     assert f"cudcn needs Python 3.{floor[1]} or later, this is 3.{minor}.7; another: make PYTHON=" in failed.stderr
+    assert "python3-venv" not in failed.stdout
     assert not (checkout / ".venv").exists()
 
 
