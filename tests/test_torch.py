@@ -34,7 +34,7 @@ torch = pytest.importorskip("torch")
 import cudcn.torch  # noqa: E402
 
 ATTRIBUTES = PLAIN.attributes
-FORWARD_MODE = "forward-mode differentiation is not implemented"
+FORWARD_MODE = "must implement the jvp function"  # torch's own words
 # by torch.func.jvp itself, the first time
 jit_is_deprecated = pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")
 
@@ -323,19 +323,18 @@ def test_refuses_forward_mode(case: Case) -> None:
     for name, tensor in differentiable(case).items():
         loss = loss_of(case, [name])
         for function in loss, torch.func.grad(loss):
-            with pytest.raises(NotImplementedError, match=f"{case.op.name}: {FORWARD_MODE}"):
+            with pytest.raises(NotImplementedError, match=FORWARD_MODE):
                 torch.func.jvp(function, (tensor,), (tensor,))
         with (
             torch.no_grad(),
             torch.autograd.forward_ad.dual_level(),
-            pytest.raises(NotImplementedError, match=f"{case.op.name}: {FORWARD_MODE}"),
+            pytest.raises(NotImplementedError, match=FORWARD_MODE),
         ):
             loss(torch.autograd.forward_ad.make_dual(tensor, tensor))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("case", EACH, ids=str)
-def test_func_grad(case: Case, compiled: bool) -> None:
+def test_func_grad(case: Case) -> None:
     given = differentiable(case)
     want = case.backward(tensors(case, grad=False), to_torch(case.grad_output()))
 
@@ -346,9 +345,6 @@ def test_func_grad(case: Case, compiled: bool) -> None:
         return value, value.detach()
 
     transform = torch.func.grad(loss_twice, argnums=tuple(range(len(given))), has_aux=True)
-    if compiled:
-        torch._dynamo.reset()
-        transform = torch.compile(transform, fullgraph=True, backend="aot_eager")
     grads, value = transform(*given.values())
     assert_close(value, double(loss(*given.values())))
     for name, got in zip(given, grads, strict=True):

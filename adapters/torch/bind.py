@@ -17,7 +17,7 @@ import torch
 
 from .. import dispatch
 from ..op import Op, by_position, spec, spread
-from .transforms import autograd_kernel, vmap_rule
+from .transforms import differentiable
 
 _LIBRARY = torch.library.Library("cudcn", "FRAGMENT")  # what it defines lives as long as this object
 _SCHEMA_TYPES = {
@@ -29,7 +29,7 @@ _SCHEMA_TYPES = {
 def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The operator's public pair on torch tensors."""
     _define(op)
-    run, run_backward = _operator(op.name), _operator(f"{op.name}_backward")
+    run, run_backward = differentiable(op, _LIBRARY)
     # what the functions below need is looked up here: torch.compile traces them
     names, backward_names, attribute_names = op.tensors, op.backward_tensors, op.optional_attributes
     name, fine, constants, canonical, gradients = op.name, op.fine, op.constants, op.canonical, op.gradients
@@ -122,49 +122,15 @@ def _define(op: Op) -> None:
     def fake_backward(*arguments: Any) -> Any:
         return [grad for grad in empty_grads(op.plan, arguments)[1] if grad is not None]
 
-    def save(ctx: Any, arguments: Sequence[Any]) -> None:
-        ctx.save_for_backward(*arguments[:count])
-        ctx.attributes = arguments[count:]
-
-    def differentiate(ctx: Any, grad_output: Any) -> Any:
-        tensors = ctx.saved_tensors
-        given = zip(ctx.needs_input_grad[1:], op.differentiable(tensors), strict=False)
-        needs = [asked and possible for asked, possible in given]
-        grads = run_backward(grad_output, *tensors, *ctx.attributes, needs)
-        return *spread(needs, grads), *(None for _ in ctx.attributes)
-
-    def save_nothing(ctx: Any, arguments: Sequence[Any]) -> None:
-        pass
-
-    def refuse(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(no_second)
-
-    no_forward_mode = f"{name}: forward-mode differentiation is not implemented"
-    no_second = f"{name}: the second derivative is not implemented"
-    run, run_backward = _operator(name), _operator(backward_name)
-    autograd = autograd_kernel(run, save, differentiate, no_forward_mode)
-    backward_autograd = autograd_kernel(run_backward, save_nothing, refuse, no_second)
-    _register(name, op.tensors, forward, fake_forward, autograd)
-    _register(backward_name, op.backward_tensors, backward, fake_backward, backward_autograd)
+    _register(name, op.tensors, forward, fake_forward)
+    _register(backward_name, op.backward_tensors, backward, fake_backward)
 
 
-def _operator(name: str) -> Any:
-    return getattr(torch.ops.cudcn, name).default
-
-
-def _register(
-    name: str,
-    names: Iterable[str],
-    compute: Callable[..., Any],
-    fake: Callable[..., Any],
-    autograd: Callable[..., Any],
-) -> None:
+def _register(name: str, names: Iterable[str], compute: Callable[..., Any], fake: Callable[..., Any]) -> None:
     for key in "CPU", "CUDA":
         _LIBRARY.impl(name, compute, key)
     _LIBRARY.impl(name, _unsupported(name, names), "CompositeExplicitAutograd")  # the key of all that have no other
-    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
     torch.library.register_fake(f"cudcn::{name}", fake, lib=_LIBRARY)
-    torch.library.register_vmap(f"cudcn::{name}", vmap_rule(name, _operator(name)), lib=_LIBRARY)
 
 
 def _check_devices(name: str, names: Iterable[str], arguments: Sequence[Any]) -> None:

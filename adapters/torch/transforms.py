@@ -1,8 +1,10 @@
-"""What autograd and torch.func's transforms do with a torch operator.
+"""What autograd, torch.compile and torch.func's transforms do with an operator.
 
-`torch.library.register_autograd` would make an autograd.Function that refuses torch.func's transforms, and that lets
-forward-mode derivatives vanish. So the kernel is written here; like one of torch's own, it handles one level of
-autograd, and calls the operator again below it, where the next level's turn is.
+torch.compile and torch.export know it as a torch operator with a derivative registered. The registration's Function
+is hidden from torch.func's transforms and drops forward-mode derivatives in silence, so that eager calls go through a
+Function of our own, above the dispatcher: the transforms see it, and without a `jvp` it refuses forward mode. All of
+this is torch's public interface, which is the same in every version. What stays torch's error is torch.compile of one
+of torch.func's transforms.
 """
 
 from __future__ import annotations
@@ -11,74 +13,79 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
+
+from ..op import Op, spread
 
 Arguments = Sequence[Any]
 
 
-def autograd_kernel(
-    run: Any,
-    save: Callable[[Any, Arguments], None],
-    differentiate: Callable[..., Sequence[Any]],
-    forward_mode: str,
-) -> Callable[..., Any]:
-    """What to register at the key "Autograd" for the operator `run`.
+def differentiable(op: Op, library: torch.library.Library) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The pair of torch operators as functions with a derivative and a rule for vmap."""
+    run = getattr(torch.ops.cudcn, op.name).default
+    run_backward = getattr(torch.ops.cudcn, f"{op.name}_backward").default
+    count = len(op.tensors)
 
-    `save(ctx, arguments)` keeps what `differentiate(ctx, *grad_outputs)` needs to return one gradient per argument;
-    `ctx.needs_input_grad` begins with one flag that is not an argument's. `forward_mode` is the error that says why
-    there is no forward-mode derivative.
-    """
+    def save(ctx: Any, inputs: Arguments, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:count])
+        ctx.attributes = inputs[count:]
 
-    def below(keys: Any, arguments: Arguments) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return run.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+    def save_nothing(ctx: Any, inputs: Arguments, output: Any) -> None:
+        pass
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, keys: Any, *arguments: Any) -> Any:
-            save(ctx, arguments)
-            # Function turns both off, but they are this level's alone: an outer transform goes on recording
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                out = below(keys, arguments)
-            return tuple(out) if isinstance(out, list) else out
+    def differentiate(ctx: Any, grad_output: Any) -> Any:
+        given = zip(ctx.needs_input_grad, op.differentiable(ctx.saved_tensors), strict=False)
+        needs = [asked and possible for asked, possible in given]
+        grads = call_backward(grad_output, *ctx.saved_tensors, *ctx.attributes, needs)
+        return *spread(needs, grads), *(None for _ in ctx.attributes)
 
-        @staticmethod
-        def backward(ctx: Any, *grad_outputs: Any) -> Any:
-            return None, *differentiate(ctx, *grad_outputs)
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"{op.name}: the second derivative is not implemented")
+
+    class Forward(torch.autograd.Function):
+        setup_context = staticmethod(save)
+        backward = staticmethod(differentiate)
 
         @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise NotImplementedError(forward_mode)
+        def forward(*arguments: Any) -> Any:
+            return run(*arguments)
 
-    # not Function's own: that is for calls above the dispatcher, and would begin with the transforms anew
-    apply = super(torch.autograd.Function, Function).apply  # type: ignore[misc]
+        @staticmethod
+        def vmap(info: Any, in_dims: Arguments, *arguments: Any) -> Any:
+            return torch.stack(_one_by_one(op.name, Forward, info, in_dims, arguments)), 0
 
-    def kernel(keys: Any, *arguments: Any) -> Any:
-        recorded = torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
-        if not recorded and forward_ad._current_level < 0:
-            return below(keys, arguments)
-        with enable_single_level_autograd_function():
-            out = apply(keys, *arguments)
-        return list(out) if isinstance(out, tuple) else out
+    class Backward(torch.autograd.Function):
+        setup_context = staticmethod(save_nothing)
+        backward = staticmethod(refuse)
 
-    return kernel
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return tuple(run_backward(*arguments))
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Arguments, *arguments: Any) -> Any:
+            grads = _one_by_one(op.name, Backward, info, in_dims, arguments)
+            stacked = tuple(torch.stack(items) for items in zip(*grads, strict=True))
+            return stacked, (0,) * len(stacked)
+
+    def call(*arguments: Any) -> Any:
+        return run(*arguments) if torch.compiler.is_compiling() else Forward.apply(*arguments)
+
+    def call_backward(*arguments: Any) -> Any:
+        return run_backward(*arguments) if torch.compiler.is_compiling() else Backward.apply(*arguments)
+
+    torch.library.register_autograd(f"cudcn::{op.name}", differentiate, setup_context=save, lib=library)
+    torch.library.register_autograd(f"cudcn::{op.name}_backward", refuse, lib=library)
+    return call, call_backward
 
 
-def vmap_rule(name: str, run: Any) -> Callable[..., Any]:
-    """What to register with torch.library.register_vmap: the operator `run`, called for one item after the other."""
-
-    def looped(info: Any, in_dims: Arguments, *arguments: Any) -> Any:
-        if info.batch_size == 0:
-            raise NotImplementedError(f"{name}: vmap over an axis of length 0 is not implemented")
-        outs = [
-            # the attributes that are lists have lists in the place of a dimension
-            run(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(arguments, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        if isinstance(outs[0], torch.Tensor):
-            return torch.stack(outs), 0
-        stacked = [torch.stack(out) for out in zip(*outs, strict=True)]
-        return stacked, [0] * len(stacked)
-
-    return looped
+def _one_by_one(name: str, function: Any, info: Any, in_dims: Arguments, arguments: Arguments) -> list[Any]:
+    """A call of an autograd.Function for each item along the mapped axes."""
+    if info.batch_size == 0:
+        raise NotImplementedError(f"{name}: vmap over an axis of length 0 is not implemented")
+    return [
+        # attributes that are lists have lists in the place of a dimension
+        function.apply(
+            *(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(arguments, in_dims, strict=True))
+        )
+        for i in range(info.batch_size)
+    ]
