@@ -312,7 +312,7 @@ def test_refuses_the_second_derivative(case: Case) -> None:
         torch.func.grad(lambda t: gradient(t).sum())(tensor)
     grad_output = to_torch(case.grad_output())
     raw = lambda t: case.backward(tensors(case, grad=False), t)[name]  # noqa: E731
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"{case.op.name}: {SECOND}"):
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=FORWARD_MODE):
         raw(torch.autograd.forward_ad.make_dual(grad_output, grad_output))
 
 
