@@ -1,10 +1,14 @@
-"""Devices to test on, and the GPU tests' skip."""
+"""Devices to test on: a GPU or else the fake one, the emulator, the CPU."""
 
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
+from collections.abc import Iterator
 from typing import Any
 
+import fake_cuda
 import numpy as np
 import pytest
 
@@ -13,22 +17,73 @@ from cudcn import emulator
 pytest.register_assert_rewrite("operator_case")
 
 
+# Asked in a process of its own: a driver that is loaded stays, and the fake one could not take its place.
+ASK_THE_DRIVER = """
+import ctypes
+driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+raise SystemExit(driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0)
+"""
+
+
+@functools.cache
+def no_fake() -> str | None:
+    """Why there is no fake CUDA device; None if there is one, or a real one."""
+    if subprocess.run([sys.executable, "-S", "-c", ASK_THE_DRIVER], capture_output=True).returncode != 0:
+        try:
+            fake_cuda.install()
+        except fake_cuda.Unavailable as reason:
+            return str(reason)
+    return None
+
+
 @functools.cache
 def no_gpu() -> str | None:
-    """Why no CUDA device can be used; None if one can."""
+    """Why the tests marked gpu cannot run; None if they can, on a CUDA device or on the fake one."""
+    if reason := no_fake():
+        return f"no CUDA device, and no fake one: {reason}"
     try:
         import cupy
 
         cupy.cuda.runtime.getDeviceCount()
-    except Exception as error:  # no CuPy, no driver or no device: each raises its own
+    except Exception as error:  # no CuPy, or one for another CUDA: each raises its own
         return f"no CUDA device: {error}"
     return None
 
 
+def pytest_collection() -> None:
+    no_fake()  # the fake device must be there before a test file imports CuPy
+
+
+def skips(item: pytest.Item) -> str | None:
+    """Why this test marked gpu cannot run."""
+    reason = no_gpu()
+    if reason is None and fake_cuda.installed() and item.path.name in ("test_torch.py", "test_jax.py"):
+        return f"the fake CUDA device has no {item.path.stem.removeprefix('test_')}"
+    return reason
+
+
+@pytest.hookimpl(trylast=True)  # once -m has left out what is not wanted
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("gpu") and (reason := no_gpu()):
+        if item.get_closest_marker("gpu") and (reason := skips(item)):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def finished(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test marked gpu has launched runs before the test ends, so that it fails there if it fails."""
+    yield
+    if request.node.get_closest_marker("gpu") and fake_cuda.installed():
+        fake_cuda.synchronize()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    counts = {
+        outcome: sum("gpu" in report.keywords for report in terminalreporter.getreports(outcome))
+        for outcome in ("passed", "failed", "error", "skipped", "xfailed")
+    }
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+    terminalreporter.write_line(f"of these marked gpu: {told or 'none'}")
 
 
 @pytest.fixture
