@@ -78,7 +78,7 @@ def _run(pointer: Any) -> None:
     values = [ctypes.string_at(launch.values[i], launch.sizes[i]) for i in range(launch.count)]
     try:
         if name.startswith("cupy_"):
-            _run_cupy(name, values)
+            _run_cupy(name, launch.device, values)
         else:
             _run_emulated(name, launch, values)
     except Exception as error:  # the next call that waits for the device raises it
@@ -165,32 +165,34 @@ def _memory_around(address: int, begin: int, end: int) -> np.ndarray:
 # ---- CuPy's
 
 
-def _run_cupy(name: str, values: list[bytes]) -> None:
-    """An elementwise kernel, such as cupy_add__float32_float32_float32; its last parameter is the index's shape."""
+def _run_cupy(name: str, device: int, values: list[bytes]) -> None:
+    """An elementwise kernel, such as cupy_add__float32_float32_float32; the last parameter is the index's shape."""
     operation, _, types = name.removeprefix("cupy_").partition("__")
-    if operation == "fill":  # a value and an array of the same unnamed type
-        (value, target), dtypes = values[:2], [np.dtype(f"V{len(values[0])}")] * 2
-        _array(target, dtypes[1])[...] = np.frombuffer(value, dtypes[0])[0]
+    if operation == "fill":  # a value and an array, of one type that is not named
+        value, target = values[:2]
+        _array(target, np.dtype(f"V{len(value)}"), device)[...] = np.void(value)
         return
-    arrays = [_array(value, np.dtype(_type(t))) for value, t in zip(values, types.split("_"), strict=False)]
-    *inputs, out = arrays
+    *inputs, out = (_operand(v, t, device) for v, t in zip(values, types.split("_"), strict=False))
     function = np.positive if operation == "copy" else getattr(np, operation)
     out[...] = function(*inputs)
 
 
-def _type(name: str) -> Any:
-    return ml_dtypes.bfloat16 if name == "bfloat16" else name
+def _operand(value: bytes, name: str, device: int) -> Any:
+    if len(value) <= 8:  # a number, of Python's `float` in whatever size CuPy chose
+        return np.frombuffer(value, f"f{len(value)}" if name == "float" else name)[0]
+    return _array(value, np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name), device)
 
 
-def _array(value: bytes, dtype: np.dtype) -> np.ndarray:
-    """CuPy's CArray: address, size, shape and strides; or a number."""
-    if len(value) <= 8:
-        return np.frombuffer(value, dtype)[0]
+def _array(value: bytes, dtype: np.dtype, device: int) -> np.ndarray:
+    """CuPy's CArray: address, size, shape and strides."""
     address, size, *rest = np.frombuffer(value, np.int64).tolist()
     shape, strides = rest[: len(rest) // 2], rest[len(rest) // 2 :]
     if size == 0:
         return np.empty(shape, dtype)
     steps = [step * (length - 1) for step, length in zip(strides, shape, strict=True)]
-    below, above = -sum(s for s in steps if s < 0), sum(s for s in steps if s > 0)
-    memory = (ctypes.c_char * (below + above + dtype.itemsize)).from_address(address - below)
-    return np.ndarray(shape, dtype, memory, below, strides)
+    low = address + sum(step for step in steps if step < 0)
+    high = address + sum(step for step in steps if step > 0) + dtype.itemsize
+    begin, end = _block(address, device)
+    if low < begin or high > end:
+        raise ValueError(f"an array from {low:#x} to {high:#x} is not within its memory, {begin:#x} to {end:#x}")
+    return np.ndarray(shape, dtype, (ctypes.c_char * (high - low)).from_address(low), address - low, strides)

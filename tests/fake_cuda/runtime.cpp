@@ -164,11 +164,13 @@ cudaError_t cudaFreeAsync(void *memory, cudaStream_t stream) {
 }
 
 cudaError_t cudaHostAlloc(void **memory, size_t size, unsigned) {
+  NOTE();
   *memory = fake::allocate_pinned(size);
   return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 
 cudaError_t cudaFreeHost(void *memory) {
+  NOTE();
   fake::wait_for_device();
   return fake::release_pinned(memory) ? cudaSuccess : cudaErrorInvalidValue;
 }
