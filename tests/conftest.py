@@ -77,6 +77,13 @@ def finished(request: pytest.FixtureRequest) -> Iterator[None]:
         fake_cuda.synchronize()
 
 
+@pytest.fixture
+def fake() -> None:
+    """For tests of what a real CUDA device keeps no record of."""
+    if not fake_cuda.installed():
+        pytest.skip("this is for the fake CUDA device")
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     counts = {
         outcome: sum("gpu" in report.keywords for report in terminalreporter.getreports(outcome))

@@ -12,27 +12,13 @@ import fake_cuda
 import numpy as np
 import pytest
 from adapter_cases import EACH
-from fake_cuda import Call, launches, noted_calls
+from fake_cuda import ALLOCATING, STREAMED, WAITING, launches, noted_calls
 from operator_case import Case, Tensors
 
 from cudcn import launch
 
 pytestmark = pytest.mark.gpu
 PASSES = ("forward", "backward")
-# what goes to a stream, what waits for the device, and what asks for or returns memory
-STREAMED = {"cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync", "cublasGemmEx"}
-UNSTREAMED = {"cudaMemcpy", "cudaMemset"}
-WAITING = {
-    "cudaDeviceSynchronize", "cudaEventQuery", "cudaEventSynchronize", "cudaMemcpy", "cudaStreamQuery",
-    "cudaStreamSynchronize", "cudaFree",
-}  # fmt: skip
-ALLOCATING = {"cudaMalloc", "cudaMallocAsync", "cudaFree", "cudaFreeAsync", "cudaHostAlloc"}
-
-
-@pytest.fixture
-def fake() -> None:
-    if not fake_cuda.installed():
-        pytest.skip("a real CUDA device keeps no record of calls")
 
 
 def on_device(case: Case) -> tuple[Tensors, Any]:
@@ -56,10 +42,6 @@ def check(which: str, case: Case, got: Tensors) -> None:
             case.close(got[name].get(), array, "float64")
 
 
-def names(calls: list[Call]) -> set[str]:
-    return {call.name for call in calls}
-
-
 # ---- the operators
 
 
@@ -78,9 +60,10 @@ def test_all_is_done_on_the_current_stream(case: Case, which: str) -> None:
             got = passing(which, case, *given)
         stream.synchronize()
     check(which, case, got)
-    assert "cuLaunchKernel" in names(calls)
+    names = {call.name for call in calls}
+    assert "cuLaunchKernel" in names
     assert {call.stream for call in calls if call.name in STREAMED} == {stream.ptr}
-    assert not names(calls) & (UNSTREAMED | WAITING | ALLOCATING)
+    assert not names & {"cudaMemset", *WAITING, *ALLOCATING}
 
 
 @pytest.mark.parametrize("which", PASSES)

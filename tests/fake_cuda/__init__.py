@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from . import launches
 from .build import CUBLAS, LIBRARY, RUNTIME, SUFFIX, Unavailable, build
 
-__all__ = ["Call", "Unavailable", "install", "installed", "noted_calls", "synchronize"]
+__all__ = ["ALLOCATING", "STREAMED", "WAITING", "Call", "Unavailable", "install", "installed", "noted_calls", "synchronize"]
 
 _library: ctypes.CDLL | None = None
 
@@ -77,6 +77,15 @@ class _Loader(importlib.machinery.ExtensionFileLoader):
             return super().create_module(spec)
         finally:
             sys.setdlopenflags(flags)
+
+
+# What goes to a stream, what makes the host wait, and what asks for memory or returns it.
+STREAMED = {"cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync", "cublasGemmEx"}
+WAITING = {
+    "cudaDeviceSynchronize", "cudaEventQuery", "cudaEventSynchronize", "cudaFree", "cudaFreeHost", "cudaMemcpy",
+    "cudaStreamQuery", "cudaStreamSynchronize",
+}  # fmt: skip
+ALLOCATING = {"cudaFree", "cudaFreeAsync", "cudaFreeHost", "cudaHostAlloc", "cudaMalloc", "cudaMallocAsync"}
 
 
 class Call(NamedTuple):

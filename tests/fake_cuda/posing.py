@@ -15,7 +15,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from cupy.cuda import runtime
+from cupy.cuda import Stream, runtime
 
 
 _devices: dict[int, torch.device] = {}  # of each address that `Torch.empty` gave out
@@ -32,14 +32,15 @@ class CudaTensor(torch.Tensor):
 
 
 class Torch:
-    """What torch would do for the adapter, on one stream: allocate there, in its order, and name it."""
+    """What torch would do for the adapter: name a device's current stream, and allocate in its order."""
 
     def __init__(self) -> None:
-        self.stream = 0
+        self.streams = dict.fromkeys(range(2), Stream.null)  # the current one of each device
         self.alive: dict[int, int] = {}  # bytes by address
+        self.allocations = 0
 
     def current_stream(self, device: torch.device) -> Any:
-        return SimpleNamespace(cuda_stream=self.stream)
+        return SimpleNamespace(cuda_stream=self.streams[device.index].ptr)
 
     def empty(self, *shape: Any, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
         if device is None or torch.device(device).type != "cuda":
@@ -47,25 +48,30 @@ class Torch:
         device = torch.device("cuda", torch.device(device).index or 0)
         plain = _torch_empty(*shape, dtype=dtype, device="meta")
         size = max(1, plain.numel() * plain.element_size())  # an empty tensor has a device, too
+        stream = self.streams[device.index]
         with _current(device.index):
-            address = runtime.mallocAsync(size, self.stream)
+            address = runtime.mallocAsync(size, stream.ptr)
         memory = (ctypes.c_char * size).from_address(address)
         _devices[address] = device
         self.alive[address] = size
-        weakref.finalize(memory, self._free, address, self.stream).atexit = False
+        self.allocations += 1
+        weakref.finalize(memory, self._free, address, stream).atexit = False
         whole = torch.from_numpy(np.frombuffer(memory, np.uint8))
         return whole[: plain.numel() * plain.element_size()].view(plain.dtype).view(plain.shape).as_subclass(CudaTensor)
 
-    def _free(self, address: int, stream: int) -> None:
+    def _free(self, address: int, stream: Stream) -> None:
         with _current(_devices.pop(address).index):
-            runtime.freeAsync(address, stream)
+            runtime.freeAsync(address, stream.ptr)
         del self.alive[address]
 
     def cuda(self, tensor: torch.Tensor | None, device: int = 0) -> Any:
-        """A contiguous copy in device memory."""
+        """A copy in device memory, with the same strides."""
         if tensor is None:
             return None
-        copy = self.empty(tensor.shape, dtype=tensor.dtype, device=torch.device("cuda", device))
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        length = 1 + sum(stride * (size - 1) for size, stride in steps) if tensor.numel() else 0
+        memory = self.empty(length, dtype=tensor.dtype, device=torch.device("cuda", device))
+        copy = memory.as_strided(tensor.shape, tensor.stride()).as_subclass(CudaTensor)
         copy.copy_(tensor.detach())
         return copy.requires_grad_(tensor.requires_grad)
 
