@@ -10,7 +10,7 @@ from typing import Any
 import fake_cuda
 import pytest
 from adapter_cases import CASES, EACH, PLAIN, assert_close, double, expected
-from fake_cuda import STREAMED, WAITING, noted_calls
+from fake_cuda import STREAMED, WAITING, noted_calls, run_by_turns
 from operator_case import HALVES, Case, Tensors
 
 import cudcn
@@ -100,6 +100,7 @@ def test_all_is_done_on_torchs_stream_in_its_memory(case: Case, cuda: Any) -> No
 
     given, grad_output = moved(cuda, tensors(case)), cuda.cuda(to_torch(case.grad_output()))
     case.forward(given).backward(grad_output)  # compiles
+    cupy.get_default_memory_pool().free_all_blocks()
     with cupy.cuda.Stream(non_blocking=True), noted_calls() as calls:
         before = cuda.allocations
         out = case.forward(given)
@@ -125,7 +126,7 @@ def test_runs_on_the_device_of_its_tensors(case: Case, cuda: Any) -> None:
 
 @pytest.mark.parametrize("case", EACH, ids=str)
 def test_scratch_is_not_reused_while_it_is_in_use(case: Case, cuda: Any) -> None:
-    """Calls on two streams in turn, none of which has run when the last is made."""
+    """Calls on two streams, none of which has run when the last is made; then they run by turns."""
     import cupy
 
     numbers = [case, replace(case, name=f"{case.name} again")]
@@ -136,8 +137,7 @@ def test_scratch_is_not_reused_while_it_is_in_use(case: Case, cuda: Any) -> None
         cuda.streams[0] = stream
         results += [(each, case.forward(t), case.backward(t, grad)) for each, t, grad in given]
         gc.collect()
-    for stream in reversed(streams):
-        stream.synchronize()
+    run_by_turns(streams)
     for each, out, grads in results:
         want, wants = expected(each, tensors(each), to_torch(each.grad_output()))
         assert_close(out, want)

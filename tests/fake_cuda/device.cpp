@@ -96,6 +96,7 @@ int device_of(const Stream *stream) { return stream->device; }
 static std::string failure;   // not yet reported
 static std::string reported;  // the last that was
 static int depth;             // of waiting inside work
+static uint64_t running;      // the number of the task that is
 static void release_what_is_done();
 
 void enqueue(Stream *stream, Work work) {
@@ -134,17 +135,26 @@ static std::vector<Stream *> streams_of(int index) {
   return found;
 }
 
-static void run(Stream *stream, uint64_t position) {
+static void run(Stream *stream, uint64_t position);
+
+// Runs a stream's next task, after what it must come after; false if there is none up to there.
+static bool run_next(Stream *stream, uint64_t position) {
   Stream *first = &default_streams[stream->device];
   Task task;
-  while (take(stream, position, task)) {
-    if (stream == first) {
-      for (Stream *other : streams_of(stream->device))
-        if (other->blocking && other != first) run(other, task.number);
-    } else if (stream->blocking) {
-      run(first, task.number);
-    }
-    if (failure.empty()) task.work();  // after a failure nothing runs until it is reported
+  if (!take(stream, position, task)) return false;
+  if (stream == first) {
+    for (Stream *other : streams_of(stream->device))
+      if (other->blocking && other != first) run(other, task.number);
+  } else if (stream->blocking) {
+    run(first, task.number);
+  }
+  running = task.number;
+  if (failure.empty()) task.work();  // after a failure nothing runs until it is reported
+  return true;
+}
+
+static void run(Stream *stream, uint64_t position) {
+  while (run_next(stream, position)) {
   }
 }
 
@@ -163,6 +173,17 @@ bool wait(Stream *stream, uint64_t position) {
   std::lock_guard<std::recursive_mutex> turn(execution);
   if (depth++ == 0) run(stream, position);
   return --depth ? true : report();
+}
+
+// The streams' work by turns, one task of each, as when a device has room for all at once.
+extern "C" void fake_run_by_turns(Stream **some, size_t count) {
+  std::lock_guard<std::recursive_mutex> turn(execution);
+  depth++;
+  for (bool more = true; more;) {
+    more = false;
+    for (size_t i = 0; i < count; i++) more |= run_next(some[i], UINT64_MAX);
+  }
+  depth--;
 }
 
 bool wait_for_device() {
@@ -209,9 +230,14 @@ Graph *end_capture(Stream *stream) {
 constexpr unsigned char NEVER_WRITTEN = 0xFF;  // NaN in every float type
 constexpr size_t ALIGNMENT = 512;
 
-static std::map<uintptr_t, Block> blocks;        // by their first address
-static std::map<uintptr_t, size_t> pinned;       // host memory that copies need not wait for
-static std::multimap<uint64_t, void *> released;  // by the number of the last task that may use it
+struct Memory {
+  size_t size;
+  int device;
+  uint64_t last_user = UINT64_MAX;  // the number of the last task that may use it
+};
+static std::map<uintptr_t, Memory> blocks;        // by their first address
+static std::map<uintptr_t, size_t> pinned;        // host memory that copies need not wait for
+static std::multimap<uint64_t, void *> released;  // by the number of the last task when it was
 
 void *allocate(size_t size) {
   void *memory = aligned_alloc(ALIGNMENT, (size + ALIGNMENT) / ALIGNMENT * ALIGNMENT);
@@ -219,22 +245,27 @@ void *allocate(size_t size) {
   memset(memory, NEVER_WRITTEN, size);
   std::lock_guard<std::mutex> hold(state);
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
-  blocks[begin] = {begin, size, device, 0};
+  blocks[begin] = {size, device};
   return memory;
 }
 
-bool release(void *memory) {
+// Memory stays mapped until nothing is pending that was given to a stream before; whether it may be used is another
+// matter.
+static bool retire(void *memory, bool at_once) {
   if (!memory) return true;
   {
     std::lock_guard<std::mutex> hold(state);
     auto found = blocks.find(reinterpret_cast<uintptr_t>(memory));
-    if (found == blocks.end() || found->second.released) return false;
-    found->second.released = true;
+    if (found == blocks.end() || found->second.last_user != UINT64_MAX) return false;
+    found->second.last_user = at_once ? 0 : issued;
     released.insert({issued, memory});
   }
   release_what_is_done();
   return true;
 }
+
+bool release(void *memory) { return retire(memory, false); }
+void end_life(void *memory) { retire(memory, true); }
 
 static void release_what_is_done() {
   std::lock_guard<std::mutex> hold(state);
@@ -254,8 +285,9 @@ Block block_of(const void *address) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(address);
   auto next = blocks.upper_bound(at);
   if (next == blocks.begin()) return {};
-  const Block &block = std::prev(next)->second;
-  return at <= block.begin + block.size ? block : Block{};
+  const auto &[begin, memory] = *std::prev(next);
+  if (at > begin + memory.size) return {};
+  return {begin, memory.size, memory.device, depth && running > memory.last_user};
 }
 
 void *allocate_pinned(size_t size) {

@@ -58,11 +58,13 @@ struct Block {
   uintptr_t begin;
   size_t size;
   int device;
-  int released;  // and kept only for work that was given before
+  bool released;  // as the work that is running must not find it
 };
 void *allocate(size_t size);
 // Releases memory once all work that has been given to any stream by now is done.
 bool release(void *memory);
+// Called by work in whose place in its stream memory ends: whatever runs later must not use it.
+void end_life(void *memory);
 // The block that an address lies in; an empty one if it is not the device's.
 Block block_of(const void *address);
 

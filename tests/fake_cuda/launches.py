@@ -46,7 +46,7 @@ class _Block(ctypes.Structure):
         ("begin", ctypes.c_size_t),
         ("size", ctypes.c_size_t),
         ("device", ctypes.c_int),
-        ("released", ctypes.c_int),
+        ("released", ctypes.c_bool),
     )
 
 
@@ -151,6 +151,8 @@ def _block(address: int, device: int) -> tuple[int, int]:
     _library.fake_block(ctypes.c_void_p(address), ctypes.byref(block))
     if not block.begin:
         raise ValueError(f"{address:#x} is no address of device memory")
+    if block.released:
+        raise ValueError(f"{address:#x} is memory that has been freed")
     if block.device != device:
         raise ValueError(f"{address:#x} is memory of device {block.device}, the kernel runs on device {device}")
     return block.begin, block.begin + block.size

@@ -152,14 +152,14 @@ cudaError_t cudaMallocAsync(void **memory, size_t size, cudaStream_t stream) {
   return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 
-// In the stream's order: work of other streams that has not run by then finds NaN.
+// In the stream's order: work of other streams that has not run by then finds it gone.
 cudaError_t cudaFreeAsync(void *memory, cudaStream_t stream) {
   NOTE(stream);
   const size_t size = fake::block_of(memory).size;
   if (!size) return cudaErrorInvalidValue;
   return copy_or_set(stream, [=] {
     memset(memory, 0xFF, size);
-    fake::release(memory);
+    fake::end_life(memory);
   });
 }
 
