@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,22 +15,13 @@ from cudcn import emulator
 pytest.register_assert_rewrite("operator_case")
 
 
-# Asked in a process of its own: a driver that is loaded stays, and the fake one could not take its place.
-ASK_THE_DRIVER = """
-import ctypes
-driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
-raise SystemExit(driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0)
-"""
-
-
 @functools.cache
 def no_fake() -> str | None:
     """Why there is no fake CUDA device; None if there is one, or a real one."""
-    if subprocess.run([sys.executable, "-S", "-c", ASK_THE_DRIVER], capture_output=True).returncode != 0:
-        try:
-            fake_cuda.install()
-        except fake_cuda.Unavailable as reason:
-            return str(reason)
+    try:
+        fake_cuda.install_without_gpu()
+    except fake_cuda.Unavailable as reason:
+        return str(reason)
     return None
 
 

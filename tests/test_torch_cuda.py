@@ -131,7 +131,9 @@ def test_scratch_is_not_reused_while_it_is_in_use(case: Case, cuda: Any) -> None
 
     numbers = [case, replace(case, name=f"{case.name} again")]
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
-    given = [(each, moved(cuda, tensors(each, grad=False)), cuda.cuda(to_torch(each.grad_output()))) for each in numbers]
+    given = [
+        (each, moved(cuda, tensors(each, grad=False)), cuda.cuda(to_torch(each.grad_output()))) for each in numbers
+    ]
     results = []
     for stream in streams:
         cuda.streams[0] = stream

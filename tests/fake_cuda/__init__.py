@@ -12,6 +12,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,19 @@ from typing import Any, NamedTuple
 from . import launches
 from .build import CUBLAS, LIBRARY, RUNTIME, SUFFIX, Unavailable, build
 
-__all__ = ["ALLOCATING", "STREAMED", "WAITING", "Call", "Unavailable", "install", "installed", "noted_calls", "run_by_turns", "synchronize"]
+__all__ = [
+    "ALLOCATING",
+    "STREAMED",
+    "WAITING",
+    "Call",
+    "Unavailable",
+    "install",
+    "install_without_gpu",
+    "installed",
+    "noted_calls",
+    "run_by_turns",
+    "synchronize",
+]
 
 _library: ctypes.CDLL | None = None
 
@@ -43,6 +56,21 @@ def installed() -> bool:
     return _library is not None
 
 
+# Asked in a process of its own: a driver that is loaded stays, and ours could not take its place.
+_ASK_THE_DRIVER = """
+import ctypes
+driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+raise SystemExit(driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0)
+"""
+
+
+def install_without_gpu() -> None:
+    """`install()`, unless the machine has a CUDA device that can be used."""
+    asked = subprocess.run([sys.executable, "-S", "-c", _ASK_THE_DRIVER], capture_output=True, check=False)
+    if asked.returncode != 0:
+        install()
+
+
 def synchronize() -> None:
     """Wait for all devices; RuntimeError if a kernel failed."""
     from cupy.cuda import runtime
@@ -57,7 +85,9 @@ def synchronize() -> None:
 def run_by_turns(streams: Sequence[Any]) -> None:
     """Run what CuPy's streams hold, one task of each in turn: as far apart as a device may run one stream's work."""
     library: Any = _library
-    library.fake_run_by_turns((ctypes.c_void_p * len(streams))(*(s.ptr for s in streams)), ctypes.c_size_t(len(streams)))
+    library.fake_run_by_turns(
+        (ctypes.c_void_p * len(streams))(*(s.ptr for s in streams)), ctypes.c_size_t(len(streams))
+    )
 
 
 class _Finder(importlib.abc.MetaPathFinder):
