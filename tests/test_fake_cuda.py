@@ -6,13 +6,14 @@ import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import fake_cuda
 import numpy as np
 import pytest
 from adapter_cases import EACH
-from fake_cuda import ALLOCATING, STREAMED, WAITING, launches, noted_calls, run_by_turns
+from fake_cuda import ALLOCATING, STREAMED, WAITING, build, launches, noted_calls, run_by_turns
 from operator_case import Case, Tensors
 
 from cudcn import launch
@@ -245,9 +246,8 @@ def test_memory_freed_on_another_stream_is_lost() -> None:
         z = x + 1
         runtime.freeAsync(address, owner.ptr)
     owner.synchronize()
-    with user:
-        with pytest.raises(runtime.CUDARuntimeError, match="is memory that has been freed"):
-            z.get()
+    with user, pytest.raises(runtime.CUDARuntimeError, match="is memory that has been freed"):
+        z.get()
 
 
 @pytest.mark.usefixtures("fake")
@@ -285,3 +285,23 @@ def test_what_is_not_implemented_says_so(capfd: pytest.CaptureFixture[str]) -> N
     with pytest.raises(runtime.CUDARuntimeError, match="cudaErrorNotSupported"):
         runtime.memcpyPeer(0, 0, 0, 1, 4)
     assert "cudaMemcpyPeer is not implemented" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "reason"),
+    [
+        (build.shutil, "which", lambda tool: None, r"g\+\+ was not found"),
+        (build, "CUPY", "13.0", "it is written for CuPy 13.0, this is cupy-cuda13x 14"),
+        (build, "TOOLS", ("no-such-tool",), "no-such-tool is not installed"),
+        (build.platform, "machine", lambda: "aarch64", "on x86-64 only, this is linux on aarch64"),
+        (build, "_cupy_source", lambda folder: build._run(["false"]), "this failed: false"),  # as pip when offline
+    ],
+)
+def test_says_why_it_cannot_be_built(
+    owner: Any, name: str, value: Any, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDCN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(owner, name, value)
+    with pytest.raises(fake_cuda.Unavailable, match=reason):
+        build.build()
+    assert not [*tmp_path.rglob("*.so*")]

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import launches
-from .build import CUBLAS, LIBRARY, RUNTIME, SUFFIX, Unavailable, build
+from . import build, launches
+from .build import CUBLAS, LIBRARY, RUNTIME, SUFFIX, Unavailable
 
 __all__ = [
     "ALLOCATING",
@@ -45,7 +45,7 @@ def install() -> None:
         return
     if "cupy" in sys.modules:
         raise Unavailable("CuPy is imported already, with the real CUDA runtime")
-    folder = build()
+    folder = build.build()
     _library = ctypes.CDLL(str(folder / LIBRARY))
     launches.run_on(_library)
     sys.meta_path.insert(0, _Finder(folder))

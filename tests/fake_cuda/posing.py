@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from cupy.cuda import Stream, runtime
 
-
 _devices: dict[int, torch.device] = {}  # of each address that `Torch.empty` gave out
 
 
