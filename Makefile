@@ -11,7 +11,7 @@ demo: $(VENV)/demo
 	$(BIN)/python examples/roi_pooling.py
 
 test: $(VENV)/test
-	# tests marked gpu are skipped and say so: this environment has no CUDA libraries to run them with
+	# tests marked gpu run on the fake device of tests/fake_cuda; what it cannot run is skipped and says so
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto -rs
 
 # On a machine with a CUDA device, in the environment that is there: nothing is installed.

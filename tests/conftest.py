@@ -1,4 +1,4 @@
-"""Devices to test on, and the GPU tests' skip."""
+"""Devices to test on: a GPU or else the fake one, the emulator, the CPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import fake_cuda
 import numpy as np
 import pytest
 
@@ -15,20 +16,45 @@ pytest.register_assert_rewrite("operator_case")
 
 
 @functools.cache
+def no_fake() -> str | None:
+    """Why there is no fake CUDA device; None if there is one, or a real one."""
+    try:
+        fake_cuda.install_without_gpu()
+    except fake_cuda.Unavailable as reason:
+        return str(reason)
+    return None
+
+
+@functools.cache
 def no_gpu() -> str | None:
-    """Why no CUDA device can be used; None if one can."""
+    """Why the tests marked gpu cannot run; None if they can, on a CUDA device or on the fake one."""
+    if reason := no_fake():
+        return f"no CUDA device, and no fake one: {reason}"
     try:
         import cupy
 
         cupy.cuda.runtime.getDeviceCount()
-    except Exception as error:  # no CuPy, no driver or no device: each raises its own
+    except Exception as error:  # no CuPy, or one for another CUDA: each raises its own
         return f"no CUDA device: {error}"
     return None
 
 
+def pytest_collection() -> None:
+    no_fake()  # the fake device must be there before a test file imports CuPy
+
+
+def skips(item: pytest.Item) -> str | None:
+    """Why this test marked gpu cannot run."""
+    reason = no_gpu()
+    if reason is None and fake_cuda.installed() and item.path.name in ("test_torch.py", "test_jax.py"):
+        return f"the fake CUDA device has no {item.path.stem.removeprefix('test_')}"
+    return reason
+
+
+@pytest.hookimpl(trylast=True)  # once -m has left out what is not wanted
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("gpu") and (reason := no_gpu()):
+        if item.get_closest_marker("gpu") and (reason := skips(item)):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
@@ -41,6 +67,30 @@ def pytest_pyfunc_call() -> Iterator[None]:
         if reason := emulator.unavailable():
             pytest.skip(reason)
         raise
+
+
+@pytest.fixture(autouse=True)
+def finished(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test marked gpu has launched runs before the test ends, so that it fails there if it fails."""
+    yield
+    if request.node.get_closest_marker("gpu") and fake_cuda.installed():
+        fake_cuda.synchronize()
+
+
+@pytest.fixture
+def fake() -> None:
+    """For tests of what a real CUDA device keeps no record of."""
+    if not fake_cuda.installed():
+        pytest.skip("this is for the fake CUDA device")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    counts = {
+        outcome: sum("gpu" in report.keywords for report in terminalreporter.getreports(outcome))
+        for outcome in ("passed", "failed", "error", "skipped", "xfailed")
+    }
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+    terminalreporter.write_line(f"of these marked gpu: {told or 'none'}")
 
 
 @pytest.fixture
