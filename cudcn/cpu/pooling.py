@@ -30,7 +30,8 @@ _RUN = 16  # pixels in one running sum of float32: it loses 5e-7 at the most
 _BINS = 1 << 13  # located at a time, of some 500 bytes
 _CUT = 1 << 12  # samples along an axis listed at a time
 _PIECE = 2 << 20  # bytes of a piece of work
-_WORKERS = 12  # at a time, whatever the number of threads
+_STRIP = 2 << 20  # bytes of the gradient's sums that one thread works on
+_WORKERS = 12  # threads at the most, each of which has its piece and its strip
 _LISTED, _ENTRY = 100, 32  # bytes of a sample in an axis's list, of a pixel in a matrix
 
 
@@ -101,8 +102,8 @@ def _products(g: Geometry, pixels: np.ndarray, gradients: Any, value: bool, slop
 
 def _backward_input(g: Geometry, grad_input: Any, grad_output: Any, rois: Any, offset: Any, mask: Any) -> None:
     """By strips of lines and channels, each summed in float64 over as many bins as are located at a time."""
-    channels = max(1, min(g.out_channels // g.classes, _PIECE // (8 * g.width)))
-    step, lines = max(1, _PIECE // (8 * g.width * channels)), math.prod(g.group_size) * g.height
+    channels = max(1, min(g.out_channels // g.classes, _STRIP // (8 * g.width)))
+    step, lines = max(1, _STRIP // (8 * g.width * channels)), math.prod(g.group_size) * g.height
     strips = [
         (range(top, min(top + step, lines)), slice(c, min(c + channels, g.out_channels // g.classes)))
         for top in range(0, lines, step) for c in range(0, g.out_channels // g.classes, channels)
@@ -193,7 +194,7 @@ def _parts(g: Geometry, bins: Bins, slopes: bool = False, lines: range | None = 
         if lines is not None:
             mine = (line >= lines.start) & (line < lines.stop)
             row, bin, line = row[mine], bin[mine], line[mine] - lines.start
-        step = _PIECE // _bytes(g, len(x.pixel)) + 1 if len(bins) == 1 else len(row)
+        step = _PIECE // _bytes(g, len(x.pixel)) + 1 if len(bins) == 1 else max(1, len(row))
         for first in range(0, len(row), step):
             some = slice(first, first + step)
             yield _Part(y, x, bin[some], row[some], line[some] * g.width)
