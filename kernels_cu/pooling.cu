@@ -4,7 +4,9 @@
 //   DeformRoI    at the centres of a grid; those outside the image are 0  deform_roi_pool
 //   DeformPSRoI  at the edges of a grid; those outside do not count       deform_psroi_pool
 // All are regular grids, so a bin is two axes, each with the run of its samples that lie in the image: however large a
-// roi is, the work is bounded by the image. Bins of group (gh, gw) read the input channels (c * Gh + gh) * Gw + gw;
+// roi is, the work is bounded by the image. A bin without samples there is 0 and has no gradient, whatever its mask or
+// its output's gradient are; so is one of more than MOST samples along an axis, and one of an image that there is not.
+// Sides are at most MOST pixels: up to there float has all whole numbers and their halves, and int all that follows. Bins of group (gh, gw) read the input channels (c * Gh + gh) * Gw + gw;
 // without position-sensitive channels there is one group.
 //
 // A thread computes its bin and each sample's cell once, for a slab of up to SLAB channels whose sums are in registers.
@@ -16,11 +18,13 @@
 // 58 us at 3 TB/s; the gather is 200 M loads (16 an output), at some five instructions each 35 us. Between them stands
 // L1: interleaved, a warp's load is one line of 128 bytes, 6.3 M of them, 28 us; planar, 32 bins of some five pixel
 // rows are 5 to 10 lines, and the lines bound it. The gradient of the input is 200 M atomics: 32 lanes on neighbouring
-// channels make one transaction, so the caller gives sums with the channels last, whatever the image's order.
+// channels make one transaction, so the caller gives sums with the channels last, whatever the image's order. They are
+// double, as nothing bounds how many bins read one pixel: two transactions.
 #include "bilinear.cuh"
 
 template <typename A> constexpr int SLAB = 32 / sizeof(A);  // also in cudcn/cuda/pooling.py
-constexpr int MOST = 1 << 30;  // samples along one axis of a bin
+constexpr int MOST = 1 << 23;  // also in cudcn/ops/pooling.py
+constexpr int RUN = 16;        // terms of one running sum: in float they lose 5e-7 at the most
 
 struct Pooling {
   double spatial_scale, offset_scale;
@@ -33,11 +37,28 @@ struct Pooling {
 __device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
 
+// A sum of any number of terms: runs of a few, and the rounding errors of the sum over the runs.
+template <typename A> struct Sum {
+  A run = 0, high = 0, low = 0;
+
+  __device__ __forceinline__ void end_run() {
+    const A total = high + run, added = total - high;
+    low += (high - (total - added)) + (run - added);
+    high = total;
+    run = A(0);
+  }
+
+  __device__ __forceinline__ A value() const {
+    const A exact = high + (low + run), rounded = high + run;
+    return isfinite(exact) ? exact : rounded;  // where `high` is infinite, `low` is NaN
+  }
+};
+
 // The samples of a bin along one axis: number i, begin <= i < end, lies at origin + i * spacing.
 template <typename A> struct Axis {
   int begin, end;
   A origin, spacing;
-  A unit;     // an offset of 1, in pixels; 0 where there are no samples
+  A unit;     // an offset of 1, in pixels
   A divisor;  // of the mean
 
   __device__ __forceinline__ A position(int i) const { return origin + product(A(i), spacing); }
@@ -47,15 +68,12 @@ template <typename A> struct Axis {
   __device__ __forceinline__ void keep(A count, A low, A high) {
     const A a = (low - origin) / spacing, b = (high - origin) / spacing;
     const A first = spacing == A(0) ? A(0) : min(a, b) - A(1), last = spacing == A(0) ? count : max(a, b) + A(1);
-    const int most = count > A(0) ? (count < A(MOST) ? int(count) : MOST) : 0;
-    begin = first > A(0) ? (first < A(MOST) ? int(first) : MOST) : 0;
-    end = last > A(0) ? (last < A(most) ? int(last) + 1 : most) : 0;
+    const int samples = count > A(0) && count <= A(MOST) ? int(count) : 0;
+    begin = first > A(0) ? (first < A(samples) ? int(first) : samples) : 0;
+    end = last > A(0) ? (last < A(samples) ? int(last) + 1 : samples) : 0;
     while (begin < end && !(position(begin) >= low && position(begin) <= high)) ++begin;  // the division was rounded
     while (begin < end && !(position(end - 1) >= low && position(end - 1) <= high)) --end;
-    if (begin >= end) {
-      end = begin;
-      unit = A(0);
-    }
+    end = max(begin, end);
   }
 };
 
@@ -78,7 +96,7 @@ template <typename A> struct Pixel {
   __device__ __forceinline__ Pixel(const Axis<A> &, const Axis<A> &, int y, int x, const Pooling &, const Strides &s)
       : at(y * s.y + x * s.x) {}
   template <typename T> __device__ __forceinline__ A value(const T *plane) const { return A(plane[at]); }
-  __device__ __forceinline__ void add(A *plane, A gradient) const { atomicAdd(plane + at, gradient); }
+  __device__ __forceinline__ void add(double *plane, A gradient) const { atomicAdd(plane + at, double(gradient)); }
 };
 
 template <typename A> struct Point : Cell<A> {
@@ -89,9 +107,11 @@ template <typename A> struct Point : Cell<A> {
     this->load(plane, corners);
     return Cell<A>::value(corners);
   }
-  __device__ __forceinline__ void add(A *plane, A gradient) const {
+  __device__ __forceinline__ void add(double *plane, A gradient) const {
 #pragma unroll
-    for (int corner = 0; corner < 4; ++corner) atomicAdd(plane + this->at[corner], this->weight(corner) * gradient);
+    for (int corner = 0; corner < 4; ++corner) {
+      atomicAdd(plane + this->at[corner], double(this->weight(corner) * gradient));
+    }
   }
 };
 
@@ -185,6 +205,7 @@ struct Place {
 template <typename A, typename Kind> struct Bin {
   Axis<A> y, x;
   int image;
+  bool empty;
   long long channel;  // of the input, for the class's first one
   A modulation;
 
@@ -205,7 +226,7 @@ template <typename A, typename Kind> struct Bin {
     const A index = rois[0];
     const bool exists = index >= A(0) && index < A(p.images) && index == floor(index);
     image = exists ? int(index) : 0;
-    if (!exists) y.end = y.begin;
+    empty = !exists || y.begin == y.end || x.begin == x.end;
     const int group = row * p.group_rows / p.rows * p.group_columns + column * p.group_columns / p.columns;
     channel = (long long)place.cls * p.class_channels * p.group_rows * p.group_columns + group;
   }
@@ -236,13 +257,19 @@ pool(const T *__restrict__ input, Strides input_strides, const arithmetic_t<T> *
   const int count = place.count(p);
   const T *plane = bin.plane(input, input_strides, p, place.channel);
   const long long step = bin.step(input_strides, p, place.lanes);
-  A sums[SLAB<A>] = {};
-  for (int i = bin.y.begin; i < bin.y.end; ++i) {
+  Sum<A> sums[SLAB<A>];
+  int run = 0;
+  for (int i = bin.y.begin; i < bin.y.end && !bin.empty; ++i) {
     for (int j = bin.x.begin; j < bin.x.end; ++j) {
       const typename Kind::template Sample<A> sample(bin.y, bin.x, i, j, p, input_strides);
 #pragma unroll
       for (int k = 0; k < SLAB<A>; ++k) {
-        if (k < count) sums[k] += sample.value(plane + k * step);
+        if (k < count) sums[k].run += sample.value(plane + k * step);
+      }
+      if (++run == RUN) {
+        run = 0;
+#pragma unroll
+        for (int k = 0; k < SLAB<A>; ++k) sums[k].end_run();
       }
     }
   }
@@ -250,24 +277,26 @@ pool(const T *__restrict__ input, Strides input_strides, const arithmetic_t<T> *
 #pragma unroll
   for (int k = 0; k < SLAB<A>; ++k) {
     if (k < count) {
-      first[k * place.lanes * out_strides.c] = T(sums[k] / bin.divisor() * bin.modulation);
+      const A mean = bin.empty ? A(0) : sums[k].value() / bin.divisor() * bin.modulation;
+      first[k * place.lanes * out_strides.c] = T(mean);
     }
   }
 }
 
-// Scatters the output's gradient. `grad_input` holds sums in A and starts as zeros.
+// Scatters the output's gradient. `grad_input` starts as zeros.
 template <typename T, typename Kind>
 __global__ void __launch_bounds__(256, 2)
 pool_backward_input(const T *__restrict__ grad_output, Strides grad_output_strides,
                     const arithmetic_t<T> *__restrict__ rois, const arithmetic_t<T> *__restrict__ offset,
-                    const arithmetic_t<T> *__restrict__ mask, arithmetic_t<T> *__restrict__ grad_input,
+                    const arithmetic_t<T> *__restrict__ mask, double *__restrict__ grad_input,
                     Strides grad_input_strides, Pooling p) {
   using A = arithmetic_t<T>;
   const Place place(p, SLAB<A>);
   if (!place.active) return;
   const Bin<A, Kind> bin(p, place, rois, offset, mask);
   const int count = place.count(p);
-  A *plane = bin.plane(grad_input, grad_input_strides, p, place.channel);
+  if (bin.empty) return;
+  double *plane = bin.plane(grad_input, grad_input_strides, p, place.channel);
   const long long step = bin.step(grad_input_strides, p, place.lanes);
   const T *first = place.output(grad_output, grad_output_strides, p);
   A gradients[SLAB<A>];
@@ -299,46 +328,56 @@ pool_backward_offset(const T *__restrict__ grad_output, Strides grad_output_stri
   SMEM(A, partial, [3][256]);
   const Place place(p, SLAB<A>);
   const int thread = int(threadIdx.y * blockDim.x + threadIdx.x);
-  A sum_y = 0, sum_x = 0, sum = 0;
+  A value = 0, shift_y = 0, shift_x = 0;
   if (place.active) {
     const Bin<A, Kind> bin(p, place, rois, offset, mask);
+    Sum<A> sum, sum_y, sum_x;
+    int run = 0;
     const T *first_plane = bin.plane(input, input_strides, p, place.channel);
     const T *first_gradient = place.output(grad_output, grad_output_strides, p);
-    for (int i = bin.y.begin; i < bin.y.end; ++i) {
+    for (int i = bin.y.begin; i < bin.y.end && !bin.empty; ++i) {
       for (int j = bin.x.begin; j < bin.x.end; ++j) {
         const typename Kind::template Sample<A> sample(bin.y, bin.x, i, j, p, input_strides);
         const T *plane = first_plane, *gradient = first_gradient;
         for (int c = place.channel; c < p.class_channels; c += place.lanes) {
           A corners[4];
           sample.load(plane, corners);
-          sum_y += A(*gradient) * sample.slope_y(corners);
-          sum_x += A(*gradient) * sample.slope_x(corners);
-          sum += A(*gradient) * sample.Cell<A>::value(corners);
+          sum.run += A(*gradient) * sample.Cell<A>::value(corners);
+          sum_y.run += A(*gradient) * sample.slope_y(corners);
+          sum_x.run += A(*gradient) * sample.slope_x(corners);
+          if (++run == RUN) {
+            run = 0;
+            sum.end_run();
+            sum_y.end_run();
+            sum_x.end_run();
+          }
           plane += bin.step(input_strides, p, place.lanes);
           gradient += place.lanes * grad_output_strides.c;
         }
       }
     }
-    sum /= bin.divisor();
-    sum_y *= bin.y.unit * bin.modulation / bin.divisor();
-    sum_x *= bin.x.unit * bin.modulation / bin.divisor();
+    if (!bin.empty) {
+      value = sum.value() / bin.divisor();
+      shift_y = sum_y.value() * (bin.y.unit * bin.modulation / bin.divisor());
+      shift_x = sum_x.value() * (bin.x.unit * bin.modulation / bin.divisor());
+    }
   }
-  partial[0][thread] = sum;
-  partial[1][thread] = sum_y;
-  partial[2][thread] = sum_x;
+  partial[0][thread] = value;
+  partial[1][thread] = shift_y;
+  partial[2][thread] = shift_x;
   __syncthreads();
   if (!place.active || place.lane != 0) return;
   const int step = p.channels_last ? 1 : int(blockDim.x);
   for (int lane = 1; lane < place.lanes; ++lane) {
-    sum += partial[0][thread + lane * step];
-    sum_y += partial[1][thread + lane * step];
-    sum_x += partial[2][thread + lane * step];
+    value += partial[0][thread + lane * step];
+    shift_y += partial[1][thread + lane * step];
+    shift_x += partial[2][thread + lane * step];
   }
   const long long owner = (long long)place.roi * p.classes + place.cls, bins = (long long)p.rows * p.columns;
   const long long at = place.row * p.columns + place.column;
-  if (grad_mask) grad_mask[owner * bins + at] = sum;
+  if (grad_mask) grad_mask[owner * bins + at] = value;
   if (grad_offset) {
-    grad_offset[2 * owner * bins + at] = sum_x;
-    grad_offset[(2 * owner + 1) * bins + at] = sum_y;
+    grad_offset[2 * owner * bins + at] = shift_x;
+    grad_offset[(2 * owner + 1) * bins + at] = shift_y;
   }
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from operator_case import DTYPES, HALVES, EveryCase, EverySmallCase, agrees_with_float64, error, launched
+from operator_case import DTYPES, HALVES, EveryCase, EverySmallCase, agrees_with_float64, error, launched, widened
 from pooling_cases import BY_NAME, CASES, SMALL, DeformPSRoiPool, DeformRoiPool, PSRoiPool, RoiAvgPool, RoiPooling
 
 import cudcn
@@ -35,29 +37,81 @@ class TestEverySmallCase(EverySmallCase):
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)
-def test_sums_do_not_depend_on_the_run(case: RoiPooling) -> None:
-    case = replace(case, size=(40, 50), rois=200, channels=40, spatial_scale=0.25)
+def test_bits_do_not_depend_on_the_run_nor_on_the_threads(case: RoiPooling, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(case, size=(90, 100), rois=300, channels=40, spatial_scale=0.25)
     tensors, grad_output = case.tensors("float32"), case.grad_output("float32")
-    first, second = case.backward(tensors, grad_output), case.backward(tensors, grad_output)
-    for name in tensors:
-        assert np.array_equal(first[name], second[name])
+    results = []
+    for threads in ("1", "2", "7", "7"):
+        monkeypatch.setenv("CUDCN_NUM_THREADS", threads)
+        results.append({"output": case.forward(tensors), **case.backward(tensors, grad_output)})
+    for result in results[1:]:
+        for name, array in result.items():
+            assert array is None or np.array_equal(array, results[0][name]), name
 
 
-@pytest.mark.parametrize("name", ["psroi_pool plain", "deform_roi_pool adaptive", "deform_psroi_pool fewer parts"])
-def test_blocks_of_any_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("limit", "value"), [("_PIECE", 1), ("_PIECE", 4000), ("_STRIP", 300), ("_BINS", 7), ("_CUT", 3)]
+)
+def test_pieces_of_any_size(case: RoiPooling, limit: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a bin too: one that is cut is the sum of its pieces."""
     from cudcn.cpu import pooling
 
-    case = replace(BY_NAME[name], rois=60)
     tensors, grad_output = case.tensors(), case.grad_output()
     out, want = case.forward(tensors), case.backward(tensors, grad_output)
-    monkeypatch.setattr(pooling, "_BLOCK", 1)  # as many samples as the image has pixels
+    monkeypatch.setattr(pooling, limit, value)
     case.close(case.forward(tensors), out, "float64")
     for tensor, grad in case.backward(tensors, grad_output).items():
         assert want[tensor] is None or error(grad, want[tensor]) < 1e-14
-    work: list[slice] = []
-    monkeypatch.setattr(pooling, "ordered", lambda _, items, size: work.extend(items) or [])
-    case.forward(tensors)
-    assert len(work) >= 2 * case.batch
+
+
+WHOLE = [
+    ("psroi_pool", (1, 49, 256, 256), 300, {"output_size": 7}),
+    ("roi_avg_pool", (1, 1, 2048, 2048), 1, {"output_size": 1}),
+    ("roi_avg_pool", (1, 1, 8, 8), 10_000, {"output_size": 7}),
+    ("deform_roi_pool", (1, 16, 200, 200), 100, {"output_size": 7}),
+    ("deform_psroi_pool", (1, 49, 64, 64), 300, {"output_size": 7, "group_size": 7}),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "rois", "attributes"), WHOLE, ids=lambda value: str(value))
+def test_scratch_memory_is_bounded(
+    name: str, shape: tuple[int, ...], rois: int, attributes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By 64 MiB beyond an image in float32 and its gradient, however many samples and threads there are."""
+    monkeypatch.setenv("CUDCN_NUM_THREADS", "32")
+    image = np.ones(shape, f4)
+    boxes = np.tile(np.array([[0, 0, 0, shape[3] - 1, shape[2] - 1]], f4), (rois, 1))
+    offset = [np.zeros((rois, 2, 7, 7), f4)] if name.startswith("deform") else []
+    out, peak = peak_memory(lambda: getattr(cudcn, name)(image, boxes, *offset, **attributes))
+    assert peak < out.nbytes + image.nbytes + (64 << 20)
+    backward = getattr(cudcn, f"{name}_backward")
+    grads, peak = peak_memory(lambda: backward(out, image, boxes, *offset, **attributes))
+    own = sum(grad.nbytes for grad in grads if grad is not None)
+    assert peak < own + 2 * image.nbytes + (64 << 20)
+
+
+def peak_memory(call: Any) -> tuple[Any, int]:
+    tracemalloc.start()
+    try:
+        return call(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_no_warning_of_numpy_escapes(case: RoiPooling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this thread or another; pytest makes errors of them."""
+    monkeypatch.setenv("CUDCN_NUM_THREADS", "2")
+    case = replace(case, size=(60, 50), rois=120, channels=24)
+    for value in (6e4, np.inf, np.nan):
+        tensors = dict(case.tensors("float16", ("rois",)))
+        tensors["input"] = np.full_like(tensors["input"], value)
+        if tensors.get("mask") is not None:
+            tensors["mask"] = np.full_like(tensors["mask"], 100)
+            tensors["mask"][::2] = 0
+        case.forward(tensors)
+        case.backward(tensors, np.full_like(case.grad_output("float16"), value))
 
 
 # ---- the kernels
@@ -132,6 +186,77 @@ def test_bins_are_the_same_on_every_device(boxes: Any, scale: float, bins: int, 
         with pytest.MonkeyPatch.context() as device, emulator.settings(build="fast"):
             device.setenv("CUDCN_DEVICE", "emulator")
             np.testing.assert_allclose(call(), want, rtol=1e-4, atol=1e-5)
+
+
+# ---- sums
+
+
+@pytest.fixture(params=["cpu", "fast"])
+def fast_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("CUDCN_DEVICE", "cpu" if request.param == "cpu" else "emulator")
+    with emulator.settings(build="fast"):
+        yield
+
+
+LONG: list[RoiPooling] = [
+    RoiAvgPool("long", batch=1, channels=1, size=(600, 700), rois=1, output_size=1, spatial_scale=1.0),
+    PSRoiPool("long", batch=1, channels=1, size=(600, 700), rois=1, output_size=(1, 2), spatial_scale=1.0),
+    DeformRoiPool("long", batch=1, size=(400, 300), channels=1, rois=1, output_size=1, sampling_ratio=0),
+    DeformRoiPool("long, one pixel", batch=1, size=(2, 2), channels=2, rois=1, output_size=1, sampling_ratio=300),
+    DeformPSRoiPool("long", batch=1, size=(20, 30), channels=1, rois=1, output_size=1, sample_per_part=300),
+]
+
+
+@pytest.mark.usefixtures("fast_device")
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_sums_keep_their_precision(case: RoiPooling) -> None:
+    """Of a ramp, whose slopes are all alike. Single weights and slopes have the rounding of positions in float32."""
+    (height, width), scale = case.size, case.spatial_scale
+    tensors = dict(case.tensors("float32"))
+    ramp = 1.1 + 0.1 * np.arange(width) / width + 0.3 * np.arange(height)[:, None] / height
+    tensors["input"] = np.broadcast_to(ramp, tensors["input"].shape).astype(f4)
+    tensors["rois"] = np.array([[0, 0, 0, (width - 1) / scale, (height - 1) / scale]], f4)
+    if "offset" in tensors:
+        tensors["offset"] = np.full_like(tensors["offset"], 0.003)
+    grad_output = np.full(case.output_shape(), 0.7, f4)
+    got = {"output": case.forward(tensors), **case.backward(tensors, grad_output)}
+    with pytest.MonkeyPatch.context() as cpu:
+        cpu.setenv("CUDCN_DEVICE", "cpu")
+        wide = widened(tensors)
+        want = {"output": case.forward(wide), **case.backward(wide, grad_output.astype(np.float64))}
+    for name, array in want.items():
+        assert array is None or error(got[name], array) < (1e-6 if name in ("output", "mask") else 5e-6), name
+
+
+@pytest.mark.usefixtures("fast_device")
+def test_ones_over_many_pixels() -> None:
+    """More than float32 counts."""
+    ones = np.ones((1, 1, 4700, 4700), f4)
+    assert cudcn.roi_avg_pool(ones, np.array([[0, 0, 0, 4699, 4699]], f4), output_size=1).item() == 1
+    ones = ones[..., :800, :800]
+    pooled = cudcn.deform_roi_pool(ones, np.array([[0, 0, 0, 800, 800]], f4), output_size=1).item()
+    assert pooled == pytest.approx(1, abs=2e-7)
+
+
+@pytest.mark.usefixtures("fast_device")
+@pytest.mark.parametrize("count", [30_000, 200_000])
+def test_many_bins_read_one_pixel(count: int) -> None:
+    grad_output, pixel = np.full((count, 1, 1, 1), 0.1, f4), np.ones((1, 1, 1, 1), f4)
+    grads = cudcn.roi_avg_pool_backward(grad_output, pixel, np.zeros((count, 5), f4), output_size=1)
+    assert grads.input.item() == pytest.approx(count * float(f4(0.1)), rel=2e-7)
+
+
+@pytest.mark.usefixtures("fast_device")
+def test_many_bins_of_one_part() -> None:
+    ramp = np.broadcast_to(0.1 * np.arange(64, dtype=f4), (1, 1, 64, 64))
+    offset = np.zeros((1, 2, 1, 1), f4)
+    tensors = ramp, np.array([[0, 1, 1, 61, 61]], f4), offset
+    attributes = {"output_size": 200, "group_size": 1, "part_size": 1, "sample_per_part": 1}
+    grad_output = np.full((1, 1, 200, 200), 0.1, f4)
+    got = cudcn.deform_psroi_pool_backward(grad_output, *tensors, **attributes).offset
+    want = 200 * 200 * 0.1 * 0.1 * 61 * 0.1  # bins, gradient, trans_std, size, slope
+    assert got[0, 0].item() == pytest.approx(want, rel=5e-7)
+    assert got[0, 1].item() == pytest.approx(0, abs=1e-3)
 
 
 # ---- other libraries
@@ -275,9 +400,16 @@ def test_halves_are_rounded_away_from_zero() -> None:
 # ---- the edges
 
 
+BAD_COORDINATES = [np.nan, np.inf, -np.inf, 3e38, -3e38, 2.0**31, -(2.0**33)]
+ADAPTIVE = BY_NAME["deform_roi_pool adaptive"]  # which takes no bins of more than 2**23 pixels
+
+
 @pytest.mark.usefixtures("any_device")
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38, -3e38, 2.0**31, -(2.0**33)])
-@pytest.mark.parametrize("case", [*PLAIN, BY_NAME["deform_roi_pool adaptive"]], ids=str)
+@pytest.mark.parametrize(
+    ("case", "bad"),
+    [*itertools.product(PLAIN, BAD_COORDINATES), *itertools.product([ADAPTIVE], BAD_COORDINATES[:3])],
+    ids=str,
+)
 def test_rois_that_lie_nowhere(case: RoiPooling, bad: float) -> None:
     """NaN and infinity give 0 and no gradient; whatever the number, it is quick, and the others are undisturbed."""
     case = replace(case, rois=4)
@@ -302,7 +434,7 @@ def test_rois_that_lie_nowhere(case: RoiPooling, bad: float) -> None:
 
 
 @pytest.mark.usefixtures("any_device")
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38, -3e38, 2.0**31, -(2.0**33)])
+@pytest.mark.parametrize("bad", BAD_COORDINATES)
 @pytest.mark.parametrize("case", [case for case in PLAIN if "offset" in case.op.tensors], ids=str)
 def test_offsets_that_point_nowhere(case: RoiPooling, bad: float) -> None:
     tensors, grad_output = case.tensors("float32"), case.grad_output("float32")
@@ -320,8 +452,11 @@ def test_offsets_that_point_nowhere(case: RoiPooling, bad: float) -> None:
 
 
 @pytest.mark.usefixtures("any_device")
-@pytest.mark.parametrize("half", [1e4, 1e7, 1e15, 1e30])
-@pytest.mark.parametrize("case", [*PLAIN, BY_NAME["deform_roi_pool adaptive"]], ids=str)
+@pytest.mark.parametrize(
+    ("case", "half"),
+    [*itertools.product(PLAIN, [1e4, 1e7, 1e15, 1e30]), *itertools.product([ADAPTIVE], [1e4, 1e7])],
+    ids=str,
+)
 def test_rois_around_everything(case: RoiPooling, half: float) -> None:
     """Their work is that of the image, and what is far too small for a number is 0."""
     tensors = dict(case.tensors("float32"))
@@ -330,6 +465,101 @@ def test_rois_around_everything(case: RoiPooling, half: float) -> None:
     results = [case.forward(tensors), *case.backward(tensors, case.grad_output("float32")).values()]
     assert time.perf_counter() - start < 20
     assert all(np.isfinite(result).all() for result in results if result is not None)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 2.0**25), ("float64", 4e9), ("float64", 1e300)])
+def test_bins_of_too_many_samples(dtype: str, width: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error on the CPU; on CUDA the roi yields 0 and gets no gradient."""
+    case = replace(ADAPTIVE, rois=3, spatial_scale=1.0, mask=True)
+    tensors, grad_output = dict(case.tensors(dtype)), case.grad_output(dtype)
+    tensors["rois"] = np.array([[0, 1, 1, 5, 5], [0, 0, 1, width, 5], [1, 1, 1, 5, 5]], dtype)
+    message = r"deform_roi_pool: with sampling_ratio 0 a bin must be at most 2\*\*23 pixels .* those of rois\[1\] are"
+    with pytest.raises(ValueError, match=message):
+        case.forward(tensors)
+    with pytest.raises(ValueError, match=message):
+        case.backward(tensors, grad_output)
+
+    others = {n: t if n == "input" else t[[0, 2]] for n, t in tensors.items()}
+    out, want = case.forward(others), case.backward(others, grad_output[[0, 2]])
+    monkeypatch.setenv("CUDCN_DEVICE", "emulator")
+    for build in ("fast", "check"):
+        with emulator.settings(build=build):
+            got, grads = case.forward(tensors), case.backward(tensors, grad_output)
+        assert not got[1].any()
+        assert error(got[[0, 2]], out) < 1e-5
+        assert error(grads["input"], want["input"]) < 1e-5
+        for name in ("offset", "mask"):
+            assert not grads[name][1].any()
+            assert error(grads[name][[0, 2]], want[name]) < 1e-5
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("size", [2.0**22, 3e6])
+def test_bins_of_many_samples_of_which_few_lie_in_the_image(size: float) -> None:
+    """Only these are visited, and all count."""
+    roi = np.array([[0, -size, 0.5, size, 4.5]])
+    out = cudcn.deform_roi_pool(np.ones((1, 1, 6, 8)), roi, output_size=1)
+    assert out.item() == pytest.approx(10 / (2 * size), rel=1e-6)  # those at -1 to 8
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_a_bin_without_samples_is_0_whatever_its_mask_and_gradient_are(case: RoiPooling) -> None:
+    """NaN where coordinates, or offsets, lead out of the image."""
+    tensors, grad_output = dict(case.tensors("float32")), case.grad_output("float32").copy()
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.copy()
+    tensors["rois"][0, 1:] = [100, 100, 110, 110]
+    tensors["rois"][1, 3] = np.nan
+    silent = np.where(np.arange(4).reshape(4, 1, 1, 1) < 2, 0, grad_output)
+    out, want = case.forward(tensors), case.backward(tensors, silent)
+    grad_output[:2] = np.nan
+    if "mask" in tensors:
+        tensors["mask"][:2] = np.nan
+    got, grads = case.forward(tensors), case.backward(tensors, grad_output)
+    assert not got[:2].any()
+    assert np.array_equal(got, out)
+    for name, grad in grads.items():
+        assert grad is None or error(grad, want[name]) < 1e-6, name
+    for name in ("offset", "mask"):
+        assert name not in grads or not grads[name][:2].any()
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("where", [(2, 3), (3, 2), (3, 3)])
+def test_a_sample_on_a_pixel_reads_its_neighbours_too(where: tuple[int, int]) -> None:
+    """Those below and to the right, of weight 0: NaN there is NaN. In other pixels it is not seen."""
+    image = np.random.default_rng(0).standard_normal((1, 1, 6, 6))
+    deform_roi = {"rois": np.array([[0, 2.0, 2, 3, 3]]), "output_size": 1, "sampling_ratio": 1}
+    deform_psroi = {"rois": np.array([[0, 2.0, 2, 2, 2]]), "output_size": 1, "group_size": 1, "sample_per_part": 1}
+    half = {"offset": np.full((1, 2, 1, 1), 0.5), "trans_std": 1.0}  # from the pixel's edge to its middle
+    for call in (
+        lambda x: cudcn.deform_roi_pool(x, **deform_roi), lambda x: cudcn.deform_psroi_pool(x, **deform_psroi, **half),
+    ):  # fmt: skip
+        assert call(image).item() == image[0, 0, 2, 2]
+        bad = np.full_like(image, np.nan)
+        bad[0, 0, 2:4, 2:4] = image[0, 0, 2:4, 2:4]
+        assert call(bad).item() == image[0, 0, 2, 2]
+        bad[0, 0][where] = np.nan
+        assert np.isnan(call(bad).item())
+
+
+MANY_SAMPLES = [
+    RoiAvgPool("many samples", size=(30, 40)),
+    PSRoiPool("many samples", size=(30, 40)),
+    DeformRoiPool("many samples", sampling_ratio=9),
+    DeformPSRoiPool("many samples", sample_per_part=9),
+]
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+@pytest.mark.parametrize("case", MANY_SAMPLES, ids=str)
+def test_the_sum_over_infinite_pixels_is_infinite(case: RoiPooling, value: float) -> None:
+    tensors = dict(case.tensors("float32"))
+    plain = case.forward({**tensors, "input": np.ones_like(tensors["input"])})
+    got = case.forward({**tensors, "input": np.full_like(tensors["input"], value)})
+    assert np.array_equal(got, np.where(plain == 0, 0, f4(value)))
 
 
 @pytest.mark.parametrize("bad", [-1, 2, 0.5, np.nan, np.inf, -0.25, 1e30])
@@ -461,6 +691,11 @@ OF_ALL = [
     ({"input": zeros(12, 7, 6)}, ValueError, r"input must be \(N, C, H, W\), got shape \(12, 7, 6\)"),
     ({"input": zeros(2, 12, 0, 6)}, ValueError, r"input's channels, height and width must not be empty, got \(2, 12"),
     ({"input": zeros(2, 0, 7, 6)}, ValueError, r"input's channels, height and width must not be empty, got \(2, 0"),
+    (
+        {"input": np.broadcast_to(zeros(1), (2, 12, 1, 2**23 + 1))},
+        ValueError,
+        r"input's height and width must be at most",
+    ),
     ({"input": zeros(2, 12, 7, 6, dtype=np.int32)}, TypeError, r"input must be float16, .* got int32"),
     ({"rois": zeros(5)}, ValueError, r"rois must be \(R, 5\), got shape \(5,\)"),
     ({"rois": zeros(5, 4)}, ValueError, r"rois must be \(R, 5\) = \(5, 5\), got \(5, 4\)"),
@@ -472,8 +707,8 @@ OF_ALL = [
     ({"output_size": (1, 2, 3)}, ValueError, r"output_size must be an int or a pair \(h, w\), got \(1, 2, 3\)"),
     ({"output_size": 2.0}, TypeError, r"output_size must be made of integers, got 2.0"),
     ({"output_size": (2**15, 2**14)}, ValueError, r"there must be fewer than 2\*\*30 bins and parts, got 5 rois"),
-    ({"spatial_scale": np.inf}, ValueError, r"spatial_scale must be finite, got inf"),
-    ({"spatial_scale": np.nan}, ValueError, r"spatial_scale must be finite, got nan"),
+    ({"spatial_scale": np.inf}, ValueError, r"spatial_scale must be finite in float64, got inf"),
+    ({"spatial_scale": np.nan}, ValueError, r"spatial_scale must be finite in float64, got nan"),
     ({"spatial_scale": True}, TypeError, r"spatial_scale must be a number, got True"),
     ({"spatial_scale": "1"}, TypeError, r"spatial_scale must be a number, got '1'"),
 ]
@@ -486,7 +721,9 @@ OF_EACH = [
     ("deform_roi_pool", {"mask": zeros(5, 1, 3, 2)}, ValueError, r"mask must be .* = \(5, 3, 2\), got \(5, 1, 3, 2\)"),
     ("deform_roi_pool", {"mask": zeros(5, 3, 2, dtype=np.float64)}, TypeError, r"mask must be float32 like input"),
     ("deform_roi_pool", {"sampling_ratio": 2.0}, TypeError, r"sampling_ratio must be made of integers, got 2.0"),
-    ("deform_roi_pool", {"gamma": -np.inf}, ValueError, r"gamma must be finite, got -inf"),
+    ("deform_roi_pool", {"sampling_ratio": 2**23 + 1}, ValueError, r"sampling_ratio must be at most 2\*\*23, got 838"),
+    ("deform_roi_pool", {"sampling_ratio": 2**30}, ValueError, r"sampling_ratio must be at most 2\*\*23, got 10737"),
+    ("deform_roi_pool", {"gamma": -np.inf}, ValueError, r"gamma must be finite in float64, got -inf"),
     ("deform_psroi_pool", {"group_size": 5}, ValueError, r"group_size \(5, 5\) must divide .* 25 equal groups, got 12"),
     ("deform_psroi_pool", {"offset": zeros(5, 4, 2, 4)}, ValueError, r"the classes .* the output's 3 channels, got 2"),
     ("deform_psroi_pool", {"offset": zeros(5, 1, 2, 4)}, ValueError, r"the classes .* the output's 3 channels, got 0"),
@@ -498,7 +735,8 @@ OF_EACH = [
     ("deform_psroi_pool", {"part_size": 0}, ValueError, r"part_size must be at least 1 .* got 0"),
     ("deform_psroi_pool", {"part_size": 2**20, "offset": None}, ValueError, r"there must be fewer than 2\*\*30 bins"),
     ("deform_psroi_pool", {"sample_per_part": 0}, ValueError, r"sample_per_part must be at least 1 .* got 0"),
-    ("deform_psroi_pool", {"trans_std": np.nan}, ValueError, r"trans_std must be finite, got nan"),
+    ("deform_psroi_pool", {"sample_per_part": 2**30}, ValueError, r"sample_per_part must be at most 2\*\*23, got 107"),
+    ("deform_psroi_pool", {"trans_std": np.nan}, ValueError, r"trans_std must be finite in float64, got nan"),
 ]  # fmt: skip
 BAD = [(name, *row) for name in GOOD for row in OF_ALL] + OF_EACH
 

@@ -1,287 +1,317 @@
-"""The RoI pooling operators on NumPy arrays: the sum over a bin is a row of a sparse matrix.
+"""The RoI pooling operators on NumPy arrays: the sum over a bin is a sum of short rows of sparse matrices.
 
-The rois of one image have a matrix per class, made in blocks of bins. Its columns are the pixels of all groups; a bin's
-entries are among those of its group. A sample whose position is clamped reads the outermost pixel twice: it has that
-pixel's value, and no slope.
+The samples of a bin are a grid, so a pixel's weight in their sum is that of its row times that of its column, and each
+axis is listed on its own. A run is a few neighbouring columns of one row. Its sum is a row of a sparse matrix times the
+pixels, in the type of positions; the sum over the runs of a bin is one in float64. The pixels' gradient is summed in
+float64, each strip of the image by one thread. So no bit of a result depends on the number of threads.
+
+Scratch memory is bounded, however large the bins: they are worked on so many at a time, and large ones are cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial, reduce
+from itertools import pairwise, product
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from ..check import arithmetic
-from .parallel import blocks, ordered
+from .bins import Bins, Line, spans, starts
+from .parallel import ordered
 
 if TYPE_CHECKING:
     from ..ops.pooling import Geometry
 
-_MOST = 2**30  # samples along one axis of a bin
-_BLOCK = 1 << 16  # samples, of some 150 bytes
+_RUN = 16  # pixels in one running sum of float32: it loses 5e-7 at the most
+_BINS = 1 << 13  # located at a time, of some 500 bytes
+_CUT = 1 << 12  # samples along an axis listed at a time
+_PIECE = 2 << 20  # bytes of a piece of work
+_STRIP = 2 << 20  # bytes of the gradient's sums that one thread works on
+_WORKERS = 12  # threads at the most, each of which has its piece and its strip
+_LISTED, _ENTRY = 100, 32  # bytes of a sample in an axis's list, of a pixel in a matrix
 
 
+@np.errstate(all="ignore")  # NaN and infinity pass through, as in the kernels
 def forward(g: Geometry, out: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None) -> None:
-    for piece in _pieces(g, arithmetic(input), rois, offset, mask):
-        piece.forward(out, input)
+    out[...] = 0  # bins without samples
+    for image, chosen, cls in _classes(g, rois):
+        pixels, means = _pixels(g, input, image, cls), _by_bin(g, out, cls)
+        for bins in _bins(g, arithmetic(input), rois, offset, chosen, cls):
+            _each(partial(_pool, g, means, pixels, _by_class(g, mask, cls)), *_pieces(g, bins))
 
 
+@np.errstate(all="ignore")
+def _pool(g: Geometry, means: Any, pixels: np.ndarray, mask: Any, bins: Bins) -> None:
+    sums = _total(part.sums(part.y.value, part.x.value, pixels) for part in _parts(g, bins))
+    means[bins.at] = sums * _factor(bins, mask)
+
+
+@np.errstate(all="ignore")
 def backward(
     g: Geometry, grads: Any, grad_output: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None
 ) -> None:
     grad_input, _, grad_offset, grad_mask = (*grads, None, None)[:4]
-    dtype = arithmetic(input)
-    if grad_input is not None:
-        grad_input[...] = 0  # also where no bin reads
-    sums: Any = None if grad_offset is None else np.zeros((g.rois, 2 * g.classes, *g.part_size), dtype)
-    for piece in _pieces(g, dtype, rois, offset, mask):
-        piece.backward(grad_output, input, grad_input, sums, grad_mask)
-    if grad_offset is not None:
-        grad_offset[...] = sums
+    for grad in grads:
+        if grad is not None:
+            grad[...] = 0  # bins without samples, and pixels that no bin reads
+    if grad_offset is not None or grad_mask is not None:
+        _backward_offset(g, grad_offset, grad_mask, grad_output, input, rois, offset, mask)
+    if grad_input is not None:  # after that, as it does not need the pixels in memory
+        _backward_input(g, grad_input, grad_output, rois, offset, mask)
 
 
-def _pieces(g: Geometry, dtype: type, rois: Any, offset: Any, mask: Any) -> Iterator[_Piece]:
+def _backward_offset(
+    g: Geometry, grad_offset: Any, grad_mask: Any, grad_output: Any, input: Any, rois: Any, offset: Any, mask: Any
+) -> None:
+    for image, chosen, cls in _classes(g, rois):
+        pixels, gradients = _pixels(g, input, image, cls), _by_bin(g, grad_output, cls)
+        for some in _groups(g, chosen):
+            parts: Any = np.zeros((2, len(some), *g.part_size))
+            for bins in _bins(g, arithmetic(input), rois, offset, some, cls):
+                pieces, size = _pieces(g, bins)
+                wanted = grad_mask is not None, grad_offset is not None
+                products = _in_order(partial(_products, g, pixels, gradients, *wanted), pieces, size)
+                for piece, (value, slope_y, slope_x) in zip(pieces, products, strict=True):
+                    if grad_mask is not None:
+                        _by_class(g, grad_mask, cls)[piece.at] = value / piece.divisor
+                    factor = _factor(piece, _by_class(g, mask, cls))[:, 0]
+                    np.add.at(parts[0], piece.part, slope_x * piece.x.unit * factor)  # several bins may share a part
+                    np.add.at(parts[1], piece.part, slope_y * piece.y.unit * factor)
+            if grad_offset is not None:
+                grad_offset[some, 2 * cls : 2 * cls + 2] = parts.swapaxes(0, 1)
+
+
+@np.errstate(all="ignore")
+def _products(g: Geometry, pixels: np.ndarray, gradients: Any, value: bool, slopes: bool, bins: Bins) -> Any:
+    """Of each bin's gradient with the sums of its samples and of their slopes along y and x, those that are wanted."""
+    gradient = gradients[bins.at].astype(np.float64)
+
+    def products(part: _Part) -> np.ndarray:
+        def dot(wanted: bool, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+            return np.einsum("qc,qc->q", part.sums(y, x, pixels), gradient) if wanted else np.zeros(len(bins))
+
+        y, x = part.y, part.x
+        return np.stack([dot(value, y.value, x.value), dot(slopes, y.slope, x.value), dot(slopes, y.value, x.slope)])
+
+    return _total(map(products, _parts(g, bins, slopes)))
+
+
+def _backward_input(g: Geometry, grad_input: Any, grad_output: Any, rois: Any, offset: Any, mask: Any) -> None:
+    """By strips of lines and channels, each summed in float64 over as many bins as are located at a time."""
+    channels = max(1, min(g.out_channels // g.classes, _STRIP // (8 * g.width)))
+    step, lines = max(1, _STRIP // (8 * g.width * channels)), math.prod(g.group_size) * g.height
+    strips = [
+        (range(top, min(top + step, lines)), slice(c, min(c + channels, g.out_channels // g.classes)))
+        for top in range(0, lines, step) for c in range(0, g.out_channels // g.classes, channels)
+    ]  # fmt: skip
+    for image, chosen, cls in _classes(g, rois):
+        planes, gradients = _planes(g, grad_input, image, cls), _by_bin(g, grad_output, cls)
+        few = len(chosen) * math.prod(g.output_size) <= _RUN * _BINS
+        dtype = arithmetic(grad_input) if few else np.float64
+        total = planes if planes.dtype == dtype else np.zeros(planes.shape, dtype)
+        for bins in _bins(g, arithmetic(grad_output), rois, offset, chosen, cls):
+            size = _pieces(g, bins)[1]
+            _each(partial(_scatter, g, total, gradients, _by_class(g, mask, cls), bins), strips, size)
+        if total is not planes:
+            _copy(planes, total)
+
+
+@np.errstate(all="ignore")
+def _scatter(g: Geometry, total: np.ndarray, gradients: Any, mask: Any, bins: Bins, strip: tuple[range, slice]) -> None:
+    """Add to some lines of the image, those of all groups one after another, what the bins give them."""
+    lines, channels = strip
+    pieces, _ = _pieces(g, bins.of((bins.top < lines.stop) & (bins.bottom >= lines.start)))
+    if not pieces:
+        return
+    sums: Any = np.zeros((len(lines) * g.width, channels.stop - channels.start))
+    for piece in pieces:
+        gradient = gradients[piece.at][:, channels] * _factor(piece, mask)
+        for part in _parts(g, piece, lines=lines):
+            sums += part.shares(gradient, len(lines) * g.width)
+    sums = sums.reshape(len(lines), g.width, -1)
+    for group in range(lines.start // g.height, (lines.stop - 1) // g.height + 1):
+        first = group * g.height
+        start, stop = max(lines.start, first), min(lines.stop, first + g.height)
+        total[group, start - first : stop - first, :, channels] += sums[start - lines.start : stop - lines.start]
+
+
+def _classes(g: Geometry, rois: Any) -> Iterator[tuple[int, np.ndarray, int]]:
+    """Each image that has rois, which these are, and each class."""
     images = rois[:, 0].astype(np.float64)
     for row in np.flatnonzero(~((images >= 0) & (images < g.batch) & (images == np.floor(images)))):
         raise ValueError(
             f"{g.name}: rois[{row}, 0] must be an image's index, a whole number in [0, {g.batch}), got {images[row]}"
         )
-    for image in np.unique(images).astype(int):
+    order = np.argsort(images, kind="stable")
+    for chosen in np.split(order, np.flatnonzero(np.diff(images[order])) + 1):
         for cls in range(g.classes):
-            yield _Piece(g, dtype, image, np.flatnonzero(images == image), cls, rois, offset, mask)
+            yield int(images[chosen[0]]), chosen, cls
 
 
-class _Piece:
-    """The bins of the `chosen` rois of one image, for the channels of one class.
+def _groups(g: Geometry, chosen: np.ndarray) -> Iterator[np.ndarray]:
+    """Rois of about as many bins as are located at a time, or one that has more."""
+    step = max(1, _BINS // math.prod(g.output_size))
+    return (chosen[roi : roi + step] for roi in range(0, len(chosen), step))
 
-    Q is the number of bins, and arrays over them are flat, in the order of (roi, row, column).
-    """
 
-    def __init__(
-        self, g: Geometry, dtype: type, image: int, chosen: np.ndarray, cls: int, rois: Any, offset: Any, mask: Any
-    ) -> None:
-        self.g, self.dtype, self.image, self.chosen, self.cls = g, dtype, image, chosen, cls
-        channels = g.out_channels // g.classes
-        self.channels = slice(cls * channels, (cls + 1) * channels)
-        self.shape = len(chosen), *g.output_size
+def _bins(g: Geometry, dtype: type, rois: Any, offset: Any, chosen: np.ndarray, cls: int) -> Iterator[Bins]:
+    """Those of the `chosen` rois, some at a time."""
+    count = len(chosen) * math.prod(g.output_size)
+    for first in range(0, count, _BINS):
+        yield Bins(g, dtype, rois, offset, chosen, cls, range(first, min(first + _BINS, count)))
 
-        row, column = np.ogrid[: g.output_size[0], : g.output_size[1]]
-        gh, gw = row * g.group_size[0] // g.output_size[0], column * g.group_size[1] // g.output_size[1]
-        self.group = np.broadcast_to(gh * g.group_size[1] + gw, self.shape).ravel()
-        ph, pw = row * g.part_size[0] // g.output_size[0], column * g.part_size[1] // g.output_size[1]
-        self.parts = chosen[:, None, None], ph, pw
-        left, top, right, bottom = rois[chosen, 1:].astype(dtype).T[..., None, None]
-        with np.errstate(all="ignore"):  # NaN, infinity, and no samples
-            self.y = self._axis(top, bottom, row, g.output_size[0], g.height, self._offset(offset, 1))
-            self.x = self._axis(left, right, column, g.output_size[1], g.width, self._offset(offset, 0))
-            self.divisor = (self.y.divisor * self.x.divisor)[:, None]
-        self.modulation = None if mask is None else self._bins(mask)[chosen, cls].astype(dtype).reshape(-1, 1)
 
-    def forward(self, out: Any, input: Any) -> None:
-        pixels = self._pixels(input)
-        means: Any = np.zeros((len(self.divisor), pixels.shape[1]), self.dtype)
+def _pieces(g: Geometry, bins: Bins) -> tuple[list[Bins], int]:
+    """Bins to work on together, a large one alone; and the bytes of all that work."""
+    if not len(bins):
+        return [], 0
+    cost = _LISTED * (bins.y.counts + bins.x.counts) + _bytes(g, bins.rows * bins.columns)
+    large = cost > _PIECE
+    new = (np.diff(np.cumsum(cost) // _PIECE) > 0) | large[1:] | large[:-1]
+    edges = [0, *(np.flatnonzero(new) + 1), len(bins)]
+    return [bins.of(slice(*edge)) for edge in pairwise(edges)], int(cost.sum())
 
-        def pool(block: slice) -> None:
-            means[block] = self._samples(block).value() @ pixels / self.divisor[block]
 
-        for _ in self._in_blocks(pool, pixels):
-            pass
-        if self.modulation is not None:
-            means *= self.modulation
-        out[self.chosen, self.channels] = means.reshape(*self.shape, -1).transpose(0, 3, 1, 2)
+def _bytes(g: Geometry, pixels: Any) -> Any:
+    """That the sum over so many pixels takes: a matrix and the sums of runs."""
+    return _ENTRY * pixels + 12 * (g.out_channels // g.classes) * (1 + pixels // _RUN)
 
-    def backward(self, grad_output: Any, input: Any, grad_input: Any, offset_sums: Any, grad_mask: Any) -> None:
-        pixels = self._pixels(input)
-        gradient = grad_output[self.chosen, self.channels].astype(self.dtype).transpose(0, 2, 3, 1)
-        grad_means = gradient.reshape(len(self.divisor), -1) / self.divisor
-        grad_sums = grad_means if self.modulation is None else grad_means * self.modulation
-        shifts: Any = np.zeros((2, len(grad_sums)), self.dtype)
-        modulations: Any = np.zeros(len(grad_sums), self.dtype)
 
-        def differentiate(block: slice) -> Any:
-            """This block's share of the pixels' gradient; offset and mask are its own to write."""
-            samples = self._samples(block)
-            if offset_sums is not None:
-                for axis, slope, line in ((0, samples.slope_x, self.x), (1, samples.slope_y, self.y)):
-                    shifts[axis, block] = _dot(slope() @ pixels, grad_sums[block]) * line.unit[block]
-            if grad_mask is not None:
-                modulations[block] = _dot(samples.value() @ pixels, grad_means[block])
-            return None if grad_input is None else samples.value().T @ grad_sums[block]
-
-        total = None
-        for share in self._in_blocks(differentiate, pixels):
-            total = share if total is None else np.add(total, share, out=total)
-        if total is not None:
-            planes = self._planes(grad_input)
-            planes[...] = total.reshape(planes.shape)
-        if offset_sums is not None:
-            for axis in (0, 1):  # several bins may share a part
-                np.add.at(offset_sums[:, 2 * self.cls + axis], self.parts, shifts[axis].reshape(self.shape))
-        if grad_mask is not None:
-            self._bins(grad_mask)[self.chosen, self.cls] = modulations.reshape(self.shape)
-
-    def _bins(self, mask: Any) -> Any:
-        """(R, classes, PH, PW), a view."""
-        return mask.reshape(self.g.rois, self.g.classes, *self.g.output_size)
-
-    def _offset(self, offset: Any, axis: int) -> Any:
-        if offset is None:
-            return 0
-        return offset[:, 2 * self.cls + axis][self.parts].astype(self.dtype)
-
-    def _axis(self, low: Any, high: Any, bin: Any, bins: int, length: int, offset: Any) -> _Axis:
-        """One axis of the bins, for rois from `low` to `high` in an image of `length` pixels."""
-        g, dtype = self.g, self.dtype
-        bin, scale = bin.astype(dtype), dtype(g.spatial_scale)
-        edge = 0 if g.bins == "Average" else dtype(0.5)
-        if g.bins == "DeformRoI":
-            start = low * scale - edge
-            size = high * scale - edge - start
-        else:
-            start = _round(low) * scale - edge
-            size = (_round(high) + 1) * scale - edge - start
-            size = np.where(np.isfinite(size) & (size < 0.1), dtype(0.1), size)
+def _parts(g: Geometry, bins: Bins, slopes: bool = False, lines: range | None = None) -> Iterator[_Part]:
+    """The pixels of a piece's bins, of those in some lines of the image; those of a large bin in several parts."""
+    axes = product(bins.y.cut(_CUT), bins.x.cut(_CUT)) if len(bins) == 1 else [(bins.y, bins.x)]
+    for y_axis, x_axis in axes:
         if g.bins == "Average":
-            begin, end = _pixel_run(start + bin * size / bins, start + (bin + 1) * size / bins, length)
-            origin, spacing, unit, count = dtype(0), dtype(1), dtype(0), end - begin
+            y, x = y_axis.pixels(), x_axis.pixels()
         else:
-            unit = dtype(g.offset_scale) * size
-            count = np.ceil(size / bins) if g.samples == 0 else np.full_like(size, g.samples)
-            spacing = size / bins / count
-            origin = start + bin * size / bins + unit * offset
-            if g.bins == "DeformRoI":
-                origin = origin + spacing * dtype(0.5)
-                begin, end = _sample_run(origin, spacing, count, -1, length)
-            else:
-                begin, end = _sample_run(origin, spacing, count, -0.5, length - 0.5)
-                count = end - begin
-            unit = np.where(begin < end, unit, 0)
-        divisor = np.where(count >= 1, count, 1)
-        arrays = (np.broadcast_to(a, self.shape).ravel() for a in (origin, spacing, unit, divisor))
-        integers = (np.broadcast_to(a, self.shape).ravel() for a in (begin, end))
-        return _Axis(*integers, *(a.astype(dtype, copy=False) for a in arrays))
-
-    def _planes(self, images: Any) -> Any:
-        """(groups, H, W, C) of the class's channels, a view."""
-        g = self.g
-        return images[self.image].reshape(g.out_channels, -1, g.height, g.width)[self.channels].transpose(1, 2, 3, 0)
-
-    def _pixels(self, input: Any) -> np.ndarray:
-        """(groups * H * W, C)"""
-        planes = self._planes(input)
-        return np.ascontiguousarray(planes, self.dtype).reshape(-1, planes.shape[-1])
-
-    def _in_blocks(self, work: Callable[[slice], Any], pixels: np.ndarray) -> Iterable[Any]:
-        """The results of `work` on blocks of bins that have about as many samples, in order."""
-        last = np.cumsum((self.y.end - self.y.begin) * (self.x.end - self.x.begin))
-        size = 4 * pixels.shape[1] * pixels.itemsize  # of one sample's pixels, in bytes
-        samples = [part.stop for _, part in blocks(int(last[-1]), 1, size, size * max(_BLOCK, len(pixels)))]
-        if not samples:
-            return []
-        ends = np.searchsorted(last, samples)
-        edges = [0, *np.unique([*(ends[:-1] + 1), len(last)])]
-        return ordered(work, [slice(*edge) for edge in pairwise(edges)], size * int(last[-1]))
-
-    def _samples(self, block: slice) -> _Samples:
-        g = self.g
-        y, x = (_Axis(*(a[block] for a in axis)) for axis in (self.y, self.x))
-        columns = x.end - x.begin
-        counts = (y.end - y.begin) * columns
-        first = np.concatenate([[0], np.cumsum(counts)])
-        bins = np.repeat(np.arange(len(counts)), counts)
-        i, j = np.divmod(np.arange(first[-1]) - first[bins], columns[bins])
-        top, bottom, down = y.pixels(i, bins, g.height)
-        left, right, across = x.pixels(j, bins, g.width)
-        rows = self.group[block][bins] * g.height
-        corners = [(top, left)] if g.bins == "Average" else [(top, left), (top, right), (bottom, left), (bottom, right)]
-        indices = np.stack([(rows + y) * g.width + x for y, x in corners], -1)
-        return _Samples(first, indices, g.channels // g.out_channels * g.height * g.width, down, across)
+            y, x = y_axis.cells(g.height, slopes), x_axis.cells(g.width, slopes)
+        row, bin = np.arange(len(y.pixel)), np.repeat(np.arange(len(bins)), y.counts)
+        line = y.pixel + np.repeat(bins.group * g.height, y.counts)
+        if lines is not None:
+            mine = (line >= lines.start) & (line < lines.stop)
+            row, bin, line = row[mine], bin[mine], line[mine] - lines.start
+        step = _PIECE // _bytes(g, len(x.pixel)) + 1 if len(bins) == 1 else max(1, len(row))
+        for first in range(0, len(row), step):
+            some = slice(first, first + step)
+            yield _Part(y, x, bin[some], row[some], line[some] * g.width)
 
 
-class _Axis(NamedTuple):
-    """The samples of Q bins along one axis: number i, begin <= i < end, lies at origin + i * spacing."""
+class _Part:
+    """The pixels of some rows of some bins: a matrix of what the sums over the bins have of them."""
 
-    begin: np.ndarray
-    end: np.ndarray
-    origin: np.ndarray
-    spacing: np.ndarray
-    unit: np.ndarray  # an offset of 1, in pixels; 0 where there are no samples
-    divisor: np.ndarray
+    def __init__(self, y: Line, x: Line, bin: np.ndarray, row: np.ndarray, corner: np.ndarray) -> None:
+        """Of each row its `bin`, its place in `y`, and the pixel that it starts from."""
+        self.y, self.x = y, x
+        self._row, self._columns = row, x.counts[bin]
+        self._entry, first = spans(starts(x.counts)[bin], self._columns)
+        pixel = np.repeat(corner, self._columns) + x.pixel[self._entry]
+        self._pixel = pixel.astype(_index(int(corner.max()) + int(x.pixel.max())))
+        new = np.flatnonzero(np.diff(bin, prepend=-1))
+        self.bins = bin[new]
+        self._first = np.append(first[new], first[-1])  # of each bin's pixels
 
-    def pixels(self, i: np.ndarray, bins: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The two pixels around the i-th sample of each of `bins`, and how far it is from the first to the second."""
-        number = (i + self.begin[bins]).astype(self.origin.dtype)
-        position = self.origin[bins] + number * self.spacing[bins]
-        cell = np.floor(position)
-        pixel = cell.astype(np.int64)
-        return np.clip(pixel, 0, length - 1), np.clip(pixel + 1, 0, length - 1), position - cell
+    def _weights(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        weights = np.repeat(y[self._row], self._columns)
+        weights *= x[self._entry]
+        return weights
 
+    def sums(self, y: np.ndarray, x: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+        """(bins, C) with the weights `y` of the rows and `x` of the columns: in the type of `pixels` as long as few
+        numbers are summed, then in float64."""
+        runs, first = _runs(self._first)
+        sums = _csr(self._weights(y, x), self._pixel, runs, len(pixels)) @ pixels
+        if len(sums) > len(self.bins):
+            runs, first = _runs(first)
+            sums = _sum(sums, runs)
+        return sums if len(sums) == len(self.bins) else _sum(sums.astype(np.float64), first)
 
-class _Samples(NamedTuple):
-    """The matrix of the sums over each bin's samples, which are those from first[bin] to first[bin + 1]."""
-
-    first: np.ndarray
-    indices: np.ndarray  # (samples, corners): 1, or top left, top right, bottom left and bottom right
-    pixels: int
-    down: np.ndarray  # distances from the top left corner
-    across: np.ndarray
-
-    def _matrix(self, *weights: np.ndarray) -> csr_array:
-        corners, data = len(weights), np.stack(weights, -1).ravel()
-        index = np.int32 if max(self.pixels, data.size) < 2**31 else np.int64
-        indices, first = self.indices.ravel().astype(index), (corners * self.first).astype(index)
-        return csr_array((data, indices, first), shape=(len(first) - 1, self.pixels))
-
-    def value(self) -> csr_array:
-        bottom, right = self.down, self.across
-        if self.indices.shape[1] == 1:
-            return self._matrix(np.ones_like(bottom))
-        top, left = 1 - bottom, 1 - right
-        return self._matrix(top * left, top * right, bottom * left, bottom * right)
-
-    def slope_y(self) -> csr_array:
-        left, right = 1 - self.across, self.across
-        return self._matrix(-left, -right, left, right)
-
-    def slope_x(self) -> csr_array:
-        top, bottom = 1 - self.down, self.down
-        return self._matrix(-top, top, -bottom, bottom)
+    def shares(self, gradient: np.ndarray, pixels: int) -> np.ndarray:
+        """(pixels, C) of the bins' `gradient`, in float64."""
+        weights = self._weights(self.y.value, self.x.value).astype(np.float64)
+        return _csr(weights, self._pixel, self._first, pixels).T @ gradient[self.bins]
 
 
-def _round(value: np.ndarray) -> np.ndarray:
-    """Halves away from zero."""
-    whole = np.floor(np.abs(value))
-    return np.copysign(whole + (np.abs(value) - whole >= 0.5), value)
+def _runs(first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers from first[i] to first[i + 1] in runs of a few: where each starts, and the first run of each i."""
+    runs = -(-(first[1:] - first[:-1]) // _RUN)
+    of_each = starts(runs)
+    number = np.arange(of_each[-1]) - np.repeat(of_each[:-1], runs)
+    return np.append(np.repeat(first[:-1], runs) + _RUN * number, first[-1]), of_each
 
 
-def _pixel_run(low: np.ndarray, high: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels from floor(low) to ceil(high) in the image; none for NaN."""
-    begin = np.where(low < length, np.maximum(np.floor(low), 0), length).astype(np.int64)
-    end = np.where(high > 0, np.minimum(np.ceil(high), length), 0).astype(np.int64)
-    return begin, np.maximum(begin, end)
+def _sum(numbers: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Of the rows from each `first` to the next."""
+    return _csr(np.ones(len(numbers), numbers.dtype), np.arange(len(numbers)), first, len(numbers)) @ numbers
 
 
-def _sample_run(origin: Any, spacing: Any, count: Any, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
-    """The i of [0, count) with low <= origin + i * spacing <= high: a run, as positions only grow or only fall."""
-
-    def inside(i: np.ndarray) -> np.ndarray:
-        position = origin + i.astype(origin.dtype) * spacing
-        return (position >= low) & (position <= high)
-
-    still = spacing == 0
-    ends = (low - origin) / spacing, (high - origin) / spacing
-    first, last = np.where(still, 0, np.minimum(*ends) - 1), np.where(still, count, np.maximum(*ends) + 1)
-    begin = np.where(first > 0, np.minimum(first, _MOST), 0).astype(np.int64)
-    end = np.where(last > 0, np.minimum(np.floor(last) + 1, np.clip(count, 0, _MOST)), 0).astype(np.int64)
-    while (outside := (begin < end) & ~inside(begin)).any():  # the division was rounded
-        begin = begin + outside
-    while (outside := (begin < end) & ~inside(end - 1)).any():
-        end = end - outside
-    return begin, np.maximum(begin, end)
+def _csr(weights: np.ndarray, pixels: np.ndarray, first: np.ndarray, count: int) -> csr_array:
+    index = _index(max(count, len(weights)))
+    return csr_array((weights, pixels.astype(index, copy=False), first.astype(index)), shape=(len(first) - 1, count))
 
 
-def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.einsum("qc,qc->q", a, b)
+def _index(count: int) -> type:
+    return np.int32 if count < 2**31 else np.int64
+
+
+def _total(parts: Iterable[np.ndarray]) -> np.ndarray:
+    return reduce(partial(np.add, dtype=np.float64), parts)
+
+
+def _in_order(work: Callable[[Any], Any], items: Sequence[Any], size: int) -> Iterable[Any]:
+    """The results of `work`, done by no more threads than scratch memory allows."""
+    return ordered(work, items, min(size, _WORKERS << 19)) if items else []
+
+
+def _each(work: Callable[[Any], None], items: Sequence[Any], size: int) -> None:
+    for _ in _in_order(work, items, size):
+        pass
+
+
+def _by_bin(g: Geometry, output: Any, cls: int) -> Any:
+    """(R, PH, PW, C) of the class's channels, a view."""
+    channels = g.out_channels // g.classes
+    return output[:, cls * channels : (cls + 1) * channels].transpose(0, 2, 3, 1)
+
+
+def _by_class(g: Geometry, mask: Any, cls: int) -> Any:
+    """(R, PH, PW), a view."""
+    return None if mask is None else mask.reshape(g.rois, g.classes, *g.output_size)[:, cls]
+
+
+def _factor(bins: Bins, mask: Any) -> Any:
+    """From each bin's sum to its result, (bins, 1)."""
+    return ((1.0 if mask is None else mask[bins.at].astype(np.float64)) / bins.divisor)[:, None]
+
+
+def _planes(g: Geometry, images: Any, image: int, cls: int) -> Any:
+    """(groups, H, W, C) of the class's channels, a view."""
+    channels = g.out_channels // g.classes
+    planes = images[image].reshape(g.out_channels, -1, g.height, g.width)
+    return planes[cls * channels : (cls + 1) * channels].transpose(1, 2, 3, 0)
+
+
+def _pixels(g: Geometry, input: Any, image: int, cls: int) -> np.ndarray:
+    """(groups * H * W, C), a copy unless they lie so."""
+    planes, dtype = _planes(g, input, image, cls), arithmetic(input)
+    if planes.dtype == dtype and planes.flags.c_contiguous:
+        return planes.reshape(-1, planes.shape[-1])
+    pixels = np.empty(planes.shape, dtype)
+    _copy(pixels, planes)
+    return pixels.reshape(-1, planes.shape[-1])
+
+
+def _copy(target: Any, source: Any) -> None:
+    """(groups, H, ...)"""
+    step = max(1, _PIECE // max(1, source[0, :1].nbytes))
+    strips = [(group, slice(y, y + step)) for group in range(len(source)) for y in range(0, source.shape[1], step)]
+    size = source.nbytes
+
+    def copy(strip: Any) -> None:
+        with np.errstate(all="ignore"):
+            target[strip] = source[strip]
+
+    _each(copy, strips, size)

@@ -84,14 +84,13 @@ def _channels_last(g: Geometry, image: Any) -> bool:
 
 
 def _input_sums(device: Any, g: Geometry, grad: Any) -> Any:
-    """Where atomics sum the input's gradient: with the channels last, unless bins have groups."""
-    dtype = arithmetic(grad)
-    if grad.dtype == dtype and (_channels_last(g, grad) or g.group_size != (1, 1) or g.channels == 1):
+    """Where atomics sum the input's gradient, in float64: with the channels last, unless bins have groups."""
+    if grad.dtype == np.float64 and (_channels_last(g, grad) or g.group_size != (1, 1) or g.channels == 1):
         return grad
     if g.group_size != (1, 1):
-        return device.empty(grad.shape, dtype)
+        return device.empty(grad.shape, np.float64)
     n, c, h, w = grad.shape
-    return device.empty((n, h, w, c), dtype).transpose(0, 3, 1, 2)
+    return device.empty((n, h, w, c), np.float64).transpose(0, 3, 1, 2)
 
 
 def _sums(device: Any, input: Any, grad: Any, shape: tuple[int, ...]) -> Any:
@@ -103,11 +102,11 @@ def _sums(device: Any, input: Any, grad: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _by_part(device: Any, g: Geometry, bins: Any) -> Any:
-    """The sums over each part's bins, always in one order."""
+    """The sums over each part's bins, in float64 and always in one order."""
     if g.part_size == g.output_size:
         return bins
-    rows = device.xp.zeros((*bins.shape[:2], g.part_size[0], g.output_size[1]), bins.dtype)
-    parts = device.xp.zeros((*bins.shape[:2], *g.part_size), bins.dtype)
+    rows = device.xp.zeros((*bins.shape[:2], g.part_size[0], g.output_size[1]), np.float64)
+    parts = device.xp.zeros((*bins.shape[:2], *g.part_size), np.float64)
     for row in range(g.output_size[0]):
         rows[:, :, row * g.part_size[0] // g.output_size[0]] += bins[:, :, row]
     for column in range(g.output_size[1]):

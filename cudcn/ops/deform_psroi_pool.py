@@ -44,11 +44,14 @@ def deform_psroi_pool(
         k = floor(c / (D / classes))                        its class
 
     where S = sample_per_part, and halves are rounded away from zero. A bin without a sample in the image is 0, and
-    so is one whose coordinates or offset are NaN or infinite; it has no gradient. `group_size=1` is the deformable
-    RoI pooling of the paper, without position-sensitive channels.
+    so is one whose coordinates or offset are NaN or infinite; it has no gradient, whatever its mask and its output's
+    gradient are. A sample reads the four pixels around it, also those of weight 0, which are there where it lies
+    exactly on a row or column: if one of them is NaN, so is the bin. `group_size=1` is the deformable RoI pooling of
+    the paper, without position-sensitive channels.
 
     Args:
-        input: (N, C, H, W), C = D * Gh * Gw; float16, bfloat16, float32 or float64, in any memory order.
+        input: (N, C, H, W), C = D * Gh * Gw; float16, bfloat16, float32 or float64, in any memory order;
+            H and W are at most 2**23.
         rois: (R, 5) of (n, x1, y1, x2, y2): the image's index in the batch, and the first and last column and row,
             in pixels of 1 / spatial_scale.
         offset: (R, 2 * classes, Ph, Pw), x before y, in units of trans_std times the roi's size; classes divide D.
@@ -57,12 +60,12 @@ def deform_psroi_pool(
         output_size: PH and PW, an int or (h, w).
         group_size: Gh and Gw, an int or (h, w).
         part_size: Ph and Pw, an int or (h, w); None for the output size.
-        sample_per_part: samples along each axis of a bin.
+        sample_per_part: samples along each axis of a bin, at most 2**23.
         trans_std: the unit of offset.
         spatial_scale: the size of a pixel of the rois' coordinates in pixels of input.
 
-    All tensors have one dtype, but beside half-precision data rois, offset and mask may be float32. Positions and
-    sums are float32 for half types (float64 for float64).
+    All tensors have one dtype, but beside half-precision data rois, offset and mask may be float32. Positions are
+    float32 for half types (float64 for float64); sums keep their precision however many samples a bin has.
 
     Returns:
         (R, D, PH, PW), of input's kind and dtype. Torch tensors and JAX arrays are differentiable with respect to
@@ -71,7 +74,8 @@ def deform_psroi_pool(
     Raises:
         ValueError: a shape, an attribute or a device breaks one of the rules above; or, on the CPU, a roi's n is not
             a whole number in [0, N). On CUDA, where nobody looks at the values before the kernel runs, such a roi
-            yields 0. (Where JAX runs the call, its own `jax.errors.JaxRuntimeError` may carry this message.)
+            yields 0 and has no gradient. (Where JAX runs the call, its own `jax.errors.JaxRuntimeError` may carry
+            this message.)
         TypeError: a dtype does, or the tensors are of different frameworks.
 
     Papers: Deformable Convolutional Networks (Dai et al., 2017), section 2.2; Deformable ConvNets v2 (Zhu et al.,
@@ -141,7 +145,7 @@ def _canonical(
         "output_size": output_size,
         "group_size": check.pair(name, "group_size", group_size),
         "part_size": output_size if part_size is None else check.pair(name, "part_size", part_size),
-        "sample_per_part": check.integer(name, "sample_per_part", sample_per_part, least=1),
+        "sample_per_part": pooling.sample_count(name, "sample_per_part", sample_per_part, least=1),
         "trans_std": check.finite(name, "trans_std", trans_std),
         "spatial_scale": check.finite(name, "spatial_scale", spatial_scale),
     }

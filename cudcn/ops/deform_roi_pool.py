@@ -36,22 +36,25 @@ def deform_roi_pool(
 
     where S = T = sampling_ratio, or ceil(h / PH) and ceil(w / PW) if that is 0 or less. A sample is 0 where y < -1
     or y > H (x alike), but still counts; else its position is clamped into the image. A roi that ends before it
-    starts has samples only if sampling_ratio says how many; a NaN or infinite coordinate or offset gives 0, and
-    no gradient.
+    starts has samples only if sampling_ratio says how many. A bin without a sample in the image is 0, and so is one
+    whose coordinates or offset are NaN or infinite; it has no gradient, whatever its mask and its output's gradient
+    are. A sample reads the four pixels around it, also those of weight 0, which are there where it lies exactly on a
+    row or column: if one of them is NaN, so is the bin.
 
     Args:
-        input: (N, C, H, W); float16, bfloat16, float32 or float64, in any memory order.
+        input: (N, C, H, W); float16, bfloat16, float32 or float64, in any memory order;
+            H and W are at most 2**23.
         rois: (R, 5) of (n, x1, y1, x2, y2): the image's index in the batch, and the corners in pixels of
             1 / spatial_scale, 0 being the first pixel's edge.
         offset: (R, 2, PH, PW), x before y, in units of gamma times the roi's size; or None for zeros.
         mask: (R, PH, PW), or None for ones.
         output_size: PH and PW, an int or (h, w).
         spatial_scale: the size of a pixel of the rois' coordinates in pixels of input.
-        sampling_ratio: samples along each axis of a bin; 0 or less for about one a pixel.
+        sampling_ratio: samples along each axis of a bin, at most 2**23; 0 or less for about one a pixel.
         gamma: the unit of offset.
 
-    All tensors have one dtype, but beside half-precision data rois, offset and mask may be float32. Positions and
-    sums are float32 for half types (float64 for float64).
+    All tensors have one dtype, but beside half-precision data rois, offset and mask may be float32. Positions are
+    float32 for half types (float64 for float64); sums keep their precision however many samples a bin has.
 
     Returns:
         (R, C, PH, PW), of input's kind and dtype. Torch tensors and JAX arrays are differentiable with respect to
@@ -59,8 +62,10 @@ def deform_roi_pool(
 
     Raises:
         ValueError: a shape, an attribute or a device breaks one of the rules above; or, on the CPU, a roi's n is not
-            a whole number in [0, N). On CUDA, where nobody looks at the values before the kernel runs, such a roi
-            yields 0. (Where JAX runs the call, its own `jax.errors.JaxRuntimeError` may carry this message.)
+            a whole number in [0, N), or sampling_ratio is 0 and a bin of finite size would have more than 2**23
+            samples along an axis. On CUDA, where nobody looks at the values before the kernel runs, such a roi
+            yields 0 and has no gradient. (Where JAX runs the call, its own `jax.errors.JaxRuntimeError` may carry
+            this message.)
         TypeError: a dtype does, or the tensors are of different frameworks.
 
     Papers: Deformable Convolutional Networks (Dai et al., 2017), section 2.2; Deformable ConvNets v2 (Zhu et al.,
@@ -118,7 +123,7 @@ def _canonical(
     return {
         "output_size": check.pair(name, "output_size", output_size),
         "spatial_scale": check.finite(name, "spatial_scale", spatial_scale),
-        "sampling_ratio": max(check.integer(name, "sampling_ratio", sampling_ratio, -check.LARGEST), 0),
+        "sampling_ratio": max(pooling.sample_count(name, "sampling_ratio", sampling_ratio, -check.LARGEST), 0),
         "gamma": check.finite(name, "gamma", gamma),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from .. import check
 from ..op import Spec
@@ -16,6 +17,9 @@ class Geometry:
     Output channel c is of class c // (out_channels // classes). In a bin of group (gh, gw) it is the mean of input
     channel (c * Gh + gh) * Gw + gw.
     """
+
+    # Pixels along a side, samples along an axis of a bin: so far float32 has all whole numbers and the halves between.
+    MOST: ClassVar[int] = 2**23
 
     name: str  # of the operator
     bins: str  # where a bin's samples lie: "Average", "DeformRoI" or "DeformPSRoI"
@@ -61,6 +65,8 @@ def plan(
     batch, channels, height, width = input.shape
     if min(channels, height, width) < 1:
         raise ValueError(f"{name}: input's channels, height and width must not be empty, got {input.shape}")
+    if max(height, width) > Geometry.MOST:
+        raise ValueError(f"{name}: input's height and width must be at most 2**23, got {input.shape}")
     groups = group_size[0] * group_size[1]
     if channels % groups:
         raise ValueError(
@@ -83,6 +89,13 @@ def plan(
         name, bins, batch, channels, height, width, count, output_size, group_size, part_size, classes, samples,
         spatial_scale, offset_scale, Spec((count, channels // groups, *output_size), input.dtype),
     )  # fmt: skip
+
+
+def sample_count(name: str, attribute: str, value: Any, least: int) -> int:
+    number = check.integer(name, attribute, value, least)
+    if number > Geometry.MOST:
+        raise ValueError(f"{name}: {attribute} must be at most 2**23, got {number}")
+    return number
 
 
 def check_fine(name: str, tensor: str, spec: Spec | None, dtype: str, axes: str, want: tuple[int, ...]) -> None:

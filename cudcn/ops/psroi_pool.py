@@ -28,19 +28,21 @@ def psroi_pool(
         h = max((round(rois[r, 4]) + 1) * spatial_scale - y1, 0.1)       (x1 and w alike)
 
     where halves are rounded away from zero. A bin without a pixel in the image is 0, and so is one whose
-    coordinates are NaN or infinite. These are the numbers of R-FCN, of MXNet's PSROIPooling and of OpenVINO's
-    "average" mode; torchvision's ps_roi_pool rounds otherwise and never reads the last row and column.
+    coordinates are NaN or infinite; it has no gradient, whatever its output's gradient is. These are the numbers of
+    R-FCN, of MXNet's PSROIPooling and of OpenVINO's "average" mode; torchvision's ps_roi_pool rounds otherwise and
+    never reads the last row and column.
 
     Args:
-        input: (N, C, H, W), C = D * Gh * Gw; float16, bfloat16, float32 or float64, in any memory order.
+        input: (N, C, H, W), C = D * Gh * Gw; float16, bfloat16, float32 or float64, in any memory order;
+            H and W are at most 2**23.
         rois: (R, 5) of (n, x1, y1, x2, y2): the image's index in the batch, and the first and last column and row,
             in pixels of 1 / spatial_scale.
         output_size: PH and PW, an int or (h, w).
         group_size: Gh and Gw, an int or (h, w); None for the output size.
         spatial_scale: the size of a pixel of the rois' coordinates in pixels of input.
 
-    All tensors have one dtype, but beside half-precision data rois may be float32. Coordinates and sums are float32
-    for half types (float64 for float64).
+    All tensors have one dtype, but beside half-precision data rois may be float32. Coordinates are float32 for half
+    types (float64 for float64); sums keep their precision however many pixels a bin has.
 
     Returns:
         (R, D, PH, PW), of input's kind and dtype. Torch tensors and JAX arrays are differentiable with respect to
@@ -49,7 +51,8 @@ def psroi_pool(
     Raises:
         ValueError: a shape, an attribute or a device breaks one of the rules above; or, on the CPU, a roi's n is not
             a whole number in [0, N). On CUDA, where nobody looks at the values before the kernel runs, such a roi
-            yields 0. (Where JAX runs the call, its own `jax.errors.JaxRuntimeError` may carry this message.)
+            yields 0 and has no gradient. (Where JAX runs the call, its own `jax.errors.JaxRuntimeError` may carry
+            this message.)
         TypeError: a dtype does, or the tensors are of different frameworks.
 
     Paper: R-FCN: Object Detection via Region-based Fully Convolutional Networks (Dai et al., 2016), section 2.
