@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..check import arithmetic
-from .parallel import Team, batches, fits, team
-from .sampling import Sampler, bordered, interior
+from .parallel import HELD, Team, batches, team
+from .sampling import Sampler, interior, padded, sums_of, zeros
 
 if TYPE_CHECKING:
     from ..ops.aggregate import Geometry, Level
 
-_CHUNK = 4 << 20  # bytes of a block, by estimate
+_CHUNK = 8 << 20  # bytes of a block, by estimate
 
 Block = tuple[int, slice, slice]  # an image, and the rows and columns of some of its queries
 Images = dict[int, list[np.ndarray]]  # (pixels * groups, D) of each level of an image, with its border
@@ -42,8 +42,7 @@ def forward(g: Geometry, out: Any, *tensors: Any) -> None:
 
     with _team(g, dtype) as workers:
         for images in batches(g.batch, g.pixels * g.groups * g.group_channels * np.dtype(dtype).itemsize):
-            pixels = _bordered(g, levels, images, dtype)
-            workers.copy(zip(_interiors(g, levels, pixels), _planes(g, image, levels, images), strict=True))
+            pixels = _padded(g, workers, image, levels, images, dtype)
             for _ in workers.ordered(aggregate, _blocks(g, images)):
                 pass
 
@@ -90,16 +89,17 @@ def backward(g: Geometry, grads: Any, grad_output: Any, *tensors: Any) -> None:
                 total[rows] += share
 
     with _team(g, dtype) as workers:
-        for images in batches(g.batch, g.pixels * g.groups * g.group_channels * 12):
+        numbers = g.pixels * g.groups * g.group_channels  # of an image
+        for images in batches(g.batch, 12 * numbers):
             blocks, pixels, sums = _blocks(g, images), {}, {}
+            sum_type = sums_of(len(blocks) // len(images), dtype)
             if grad_places is not None or grad_weights is not None:
-                pixels = _bordered(g, levels, images, dtype)
-                workers.copy(zip(_interiors(g, levels, pixels), _planes(g, image, levels, images), strict=True))
+                pixels = _padded(g, workers, image, levels, images, dtype)
             if grad_image is not None:
-                if pixels and not fits(g.pixels * g.groups * g.group_channels):
+                if pixels and sum_type == np.float64 and 4 * numbers > HELD:
                     accumulate()
                     pixels = {}  # for the sums to take their place
-                sums = _bordered(g, levels, images, np.float64)
+                sums = {n: [_zeros(g, level, sum_type) for level in levels] for n in images}
             accumulate()
             if grad_image is not None:
                 _store(g, workers, levels, grad_image, sums)
@@ -121,11 +121,17 @@ def _blocks(g: Geometry, images: range) -> list[Block]:
     ]
 
 
-def _bordered(g: Geometry, levels: list[Level], images: range, dtype: type) -> Images:
-    def level_pixels(level: Level) -> np.ndarray:
-        return bordered(g.groups * g.group_channels, level.height, level.width, dtype).reshape(-1, g.group_channels)
+def _padded(
+    g: Geometry, workers: Team, image: np.ndarray, levels: list[Level], images: range, dtype: type
+) -> Images:
+    planes = _planes(g, image, levels, images)
+    pixels = padded(workers, [plane.reshape(*plane.shape[:2], -1) for plane in planes], dtype)
+    rows = [p.reshape(-1, g.group_channels) for p in pixels]
+    return {n: rows[i * len(levels) : (i + 1) * len(levels)] for i, n in enumerate(images)}
 
-    return {n: [level_pixels(level) for level in levels] for n in images}
+
+def _zeros(g: Geometry, level: Level, dtype: type) -> np.ndarray:
+    return zeros(level.height, level.width, g.groups * g.group_channels, dtype).reshape(-1, g.group_channels)
 
 
 def _interiors(g: Geometry, levels: list[Level], images: Images) -> list[np.ndarray]:

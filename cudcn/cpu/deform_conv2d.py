@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..check import arithmetic
-from .parallel import Team, batches, fits, team
-from .sampling import Sampler, bordered, interior
+from .parallel import HELD, Team, batches, team
+from .sampling import Sampler, interior, padded, sums_of, zeros
 
 if TYPE_CHECKING:
     from ..ops.deform_conv2d import Geometry
 
-_BLOCK = 1 << 20  # bytes of a block's columns
+_BLOCK = 2 << 20  # bytes of a block's columns
 _WAVE = 8 << 20  # bytes of the columns that wait for their product with grad_output
 _SLICE = 144  # columns of the weight's gradient that one thread multiplies: fewer would not be fast
 _RUN = 1024  # pixels of one product in float32; products are summed in float64
@@ -45,8 +45,7 @@ def forward(g: Geometry, out: Any, input: Any, offset: Any, weight: Any, bias: A
 
     with _team(g, dtype) as workers:
         for images in batches(g.batch, g.channels * g.height * g.width * np.dtype(dtype).itemsize):
-            pixels = _bordered(g, images, dtype)
-            workers.copy(zip(_interiors(g, pixels), _planes(g, input, images), strict=True))
+            pixels = _by_image(g, images, padded(workers, _planes(g, input, images), dtype))
             for _ in workers.ordered(convolve, _blocks(g, images, dtype)):
                 pass
 
@@ -112,16 +111,18 @@ def backward(
         kept.clear()
 
     with _team(g, dtype) as workers:
-        for images in batches(g.batch, g.channels * g.height * g.width * 12):
+        numbers = g.channels * g.height * g.width  # of an image
+        for images in batches(g.batch, 12 * numbers):
             blocks, pixels, sums, kept = _blocks(g, images, dtype), {}, {}, []
+            sum_type = sums_of(len(blocks) // len(images), dtype)
             if any(grad is not None for grad in (grad_offset, grad_weight, grad_bias, grad_mask)):
-                pixels = _bordered(g, images, dtype)
-                workers.copy(zip(_interiors(g, pixels), _planes(g, input, images), strict=True))
+                pixels = _by_image(g, images, padded(workers, _planes(g, input, images), dtype))
             if grad_input is not None:
-                if pixels and not fits(g.channels * g.height * g.width):
+                if pixels and sum_type == np.float64 and 4 * numbers > HELD:
                     accumulate()
                     pixels = {}  # for the sums to take their place
-                sums = _bordered(g, images, np.float64)
+                size = g.height, g.width, g.channels // g.offset_groups
+                sums = _by_image(g, images, [zeros(*size, sum_type) for _ in range(len(images) * g.offset_groups)])
             accumulate()
             if grad_input is not None:
                 workers.copy(zip(_planes(g, grad_input, images), _interiors(g, sums), strict=True))
@@ -148,9 +149,9 @@ def _blocks(g: Geometry, images: range, dtype: type) -> list[Block]:
     return [(n, slice(p, min(p + step, g.out_pixels))) for n in images for p in range(0, g.out_pixels, step)]
 
 
-def _bordered(g: Geometry, images: range, dtype: type) -> Images:
-    channels = g.channels // g.offset_groups
-    return {n: [bordered(channels, g.height, g.width, dtype) for _ in range(g.offset_groups)] for n in images}
+def _by_image(g: Geometry, images: range, groups: list[np.ndarray]) -> Images:
+    """Of the images' offset groups, one after another."""
+    return {n: groups[i * g.offset_groups : (i + 1) * g.offset_groups] for i, n in enumerate(images)}
 
 
 def _interiors(g: Geometry, images: Images) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 
 SCRATCH = 40 << 20  # bytes that all pieces worked on at a time may need
-_HELD = 16 << 20  # bytes that images held at a time may take, if they are more than one
+HELD = 16 << 20  # bytes that images held at a time may take, if they are more than one
 _STRIP = 256 << 10  # bytes copied at a time
 _WORTH_A_THREAD = 512 << 10  # bytes; starting a thread takes as long as some 100 KB of columns
 Item = TypeVar("Item")
@@ -132,14 +132,9 @@ def ordered(work: Callable[[Item], Result], items: Sequence[Item], size: int) ->
         yield from workers.ordered(work, items)
 
 
-def fits(numbers: int) -> bool:
-    """Whether an image's gradient may be summed in float64 beside its pixels."""
-    return 4 * numbers <= _HELD
-
-
 def batches(images: int, size: int) -> Iterator[range]:
     """The images to hold at a time, of `size` bytes each."""
-    step = max(1, _HELD // max(1, size))
+    step = max(1, HELD // max(1, size))
     return (range(n, min(n + step, images)) for n in range(0, images, step))
 
 

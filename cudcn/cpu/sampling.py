@@ -8,25 +8,53 @@ are left out lie in the border too.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.sparse import csr_array
 
-# Rows and columns of zeros around the image: two before it, so that there is a cell of border alone, and one after.
-_BEFORE, _BORDER = 2, 3
+from .parallel import Team
+
+_BORDER = 1  # on each side
+_STRIP = 256 << 10  # bytes copied at a time
 _GATHERED = 1 << 20  # bytes of pixels copied at a time: more would leave the cache
+_FEW = 16  # blocks whose shares may be summed in float32
 _RUN = 128  # terms of one running sum in float32: it may lose 2e-6, and 16 times that in 16 times as many
 
 
-def bordered(channels: int, height: int, width: int, dtype: type) -> np.ndarray:
-    """(pixels, C), all 0, of an image and its border."""
-    return np.zeros(((height + _BORDER) * (width + _BORDER), channels), dtype)
+def sums_of(blocks: int, dtype: type) -> type:
+    """The type that sums over the blocks of an image are kept in."""
+    return dtype if blocks <= _FEW else np.float64
+
+
+def padded(workers: Team, images: Sequence[np.ndarray], dtype: type) -> list[np.ndarray]:
+    """(pixels, C) of each image (H, W, C) with its border."""
+    grids = [np.empty((len(i) + 2 * _BORDER, i.shape[1] + 2 * _BORDER, i.shape[2]), dtype) for i in images]
+
+    def fill(strip: tuple[np.ndarray, np.ndarray, int, int]) -> None:
+        grid, image, start, stop = strip
+        grid[start:stop] = 0  # more than the border: what has just been zeroed is in the cache when it is written
+        part = image[max(0, start - _BORDER) : stop - _BORDER]
+        grid[max(start, _BORDER) :][: len(part), _BORDER:-_BORDER] = part
+
+    strips = []
+    for grid, image in zip(grids, images, strict=True):
+        step = max(1, _STRIP * len(grid) // grid.nbytes)
+        strips += [(grid, image, row, row + step) for row in range(0, len(grid), step)]
+    for _ in workers.ordered(fill, strips):
+        pass
+    return [grid.reshape(-1, grid.shape[2]) for grid in grids]
+
+
+def zeros(height: int, width: int, channels: int, dtype: type) -> np.ndarray:
+    """(pixels, C) of an image and its border."""
+    return np.zeros(((height + 2 * _BORDER) * (width + 2 * _BORDER), channels), dtype)
 
 
 def interior(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H, W, C), a view of the image inside its border."""
-    grid = pixels.reshape(height + _BORDER, width + _BORDER, -1)
-    return grid[_BEFORE : _BEFORE + height, _BEFORE : _BEFORE + width]
+    grid = pixels.reshape(height + 2 * _BORDER, width + 2 * _BORDER, -1)
+    return grid[_BORDER : _BORDER + height, _BORDER : _BORDER + width]
 
 
 class Sampler:
@@ -41,46 +69,53 @@ class Sampler:
 
     def __init__(self, places: np.ndarray, height: int, width: int, points: int = 1, planes: int = 1) -> None:
         flat = places.reshape(2, -1)
-        ends = np.array([[_ceiling(size, places.dtype.type)] for size in (height, width)])
-        self._sloped: np.ndarray = np.logical_and(*((flat >= -1) & (flat < ends)))  # NaN is not
-        self.counted = self._sloped & ~np.logical_or(*(flat == -1))
-        flat = np.where(self._sloped, flat, -_BEFORE)
+        before_end = flat < np.array([[_ceiling(size, places.dtype.type)] for size in (height, width)])
+        sloped: np.ndarray = np.logical_and(*((flat >= -1) & before_end))  # NaN is not
+        self.counted: np.ndarray = np.logical_and(*((flat > -1) & before_end))
+        self._outside = np.flatnonzero(~sloped)
+        if self._outside.size:  # to some place that is not
+            flat = np.where(sloped, flat, flat[:, sloped.argmax(), None] if sloped.any() else -1)
         cell = np.floor(flat)
         self._y, self._x = flat - cell
 
-        columns = width + _BORDER
-        self._pixels = (height + _BORDER) * columns * planes
-        index = np.int32 if max(self._pixels, 4 * flat.shape[1]) < 2**31 else np.int64
-        top, left = cell.astype(index) + index(_BEFORE)
-        top_left = top * index(columns) + left
-        if planes > 1:
-            plane = np.arange(planes, dtype=index)[:, None]
-            top_left = (top_left.reshape(-1, planes, places.shape[-1]) * index(planes) + plane).ravel()
-        self._steps = np.array([0, planes, columns * planes, (columns + 1) * planes], index)
+        # The corners' numbers count from the border of the first row that is touched. Number 0 stands for all that has
+        # no corners.
+        columns = (width + 2 * _BORDER) * planes
+        first, end = int(cell[0].min()) + _BORDER, int(cell[0].max()) + _BORDER + 2
+        self._touched = slice(first * columns, end * columns)
+        index = np.int32 if max(end * columns, 4 * flat.shape[1]) < 2**31 else np.int64
+        top, left = cell.astype(index)
+        top *= index(columns)
+        left *= index(planes)
+        top += left
+        shift = np.arange(planes, dtype=index)[:, None] + index(_BORDER * (columns + planes) - first * columns)
+        top_left = (top.reshape(-1, planes, places.shape[-1]) + shift).ravel()
         self._corners = np.empty((top_left.size, 4), index)
-        for corner, step in enumerate(self._steps):
-            np.add(top_left, step, out=self._corners[:, corner])
+        for corner, step in enumerate((0, planes, columns, columns + planes)):
+            np.add(top_left, index(step), out=self._corners[:, corner])
+        self._corners[self._outside] = 0
         self._rows = 4 * points * np.arange(top_left.size // points + 1, dtype=index)
         self._points = points
 
     def _value(self, modulation: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Of all corners, their weights, and their pixels."""
+        """(samples, 4): the weights of all corners, and their numbers."""
         bottom, right = self._y, self._x
         top, left = 1 - bottom, 1 - right
+        corners = self._corners
+        if np.count_nonzero(self.counted) + self._outside.size < len(corners):
+            corners = np.where(self.counted[:, None], corners, 0)  # at -1: the pixels beside it may be NaN
         if modulation is not None:
             modulation = np.where(self.counted, modulation.ravel(), 0)
             top, bottom = top * modulation, bottom * modulation
-        weights = np.empty(self._corners.shape, self._y.dtype)
+        weights = np.empty(corners.shape, self._y.dtype)
         for corner, (row, column) in enumerate(((top, left), (top, right), (bottom, left), (bottom, right))):
             np.multiply(row, column, out=weights[:, corner])
-        corners = self._corners
-        if np.count_nonzero(self.counted) < np.count_nonzero(self._sloped):
-            corners = np.where(self.counted[:, None], corners, 0)  # not the pixels beside -1, which may be NaN
-        return weights.ravel(), corners.ravel()
+        return weights, corners
 
     def sums(self, pixels: np.ndarray, modulation: np.ndarray | None = None) -> np.ndarray:
         """(rows, C): the sum of each row's samples, each times its `modulation`."""
         weights, corners = self._value(modulation)
+        pixels = pixels[self._touched]
         runs = math.ceil(4 * self._points / _RUN)
         if runs == 1:
             return _matrix(weights, corners, self._rows, len(pixels)) @ pixels
@@ -92,27 +127,25 @@ class Sampler:
     def scattered(
         self, vectors: np.ndarray, modulation: np.ndarray | None = None
     ) -> tuple[slice | np.ndarray, np.ndarray]:
-        """Which pixels the samples touch, and each one's sum of its samples' shares of their rows' vectors."""
+        """Which pixels the samples touch, and each one's sum of its samples' shares in the vectors of their rows."""
         weights, corners = self._value(modulation)
-        top_left = self._corners[self.counted, 0]
-        if not top_left.size:
-            return slice(0), np.empty((0, vectors.shape[1]), vectors.dtype)
-        first, end = int(top_left.min()), int(top_left.max() + self._steps[-1]) + 1
-        rows: slice | np.ndarray = slice(first, end)
-        corners = np.maximum(corners - (first - 1), 0)  # 0 for what is left out
-        if end - first > corners.size:  # far apart
-            number, corners = np.unique(np.append(0, corners), return_inverse=True)
-            rows, corners, end = number[1:] + (first - 1), corners[1:].astype(self._rows.dtype), first + len(number) - 1
-        if vectors.dtype == np.float32 and np.bincount(corners)[1:].max() > _RUN:
+        touched: slice | np.ndarray = self._touched
+        count = self._touched.stop - self._touched.start
+        if count > corners.size:  # few of the pixels in the rows between the first and the last one
+            numbers, corners = np.unique(corners, return_inverse=True)
+            touched, count = numbers + self._touched.start, len(numbers)
+            corners = corners.astype(self._rows.dtype).reshape(-1, 4)
+        samples_of_a_cell = np.bincount(corners[:, 0])[1:]  # without those that are outside
+        if vectors.dtype == np.float32 and 4 * samples_of_a_cell.max(initial=0) > _RUN:
             weights, vectors = weights.astype(np.float64), vectors.astype(np.float64)
-        return rows, (_matrix(weights, corners, self._rows, end - first + 1).T @ vectors)[1:]
+        return touched, _matrix(weights, corners, self._rows, count).T @ vectors
 
     def products(
         self, pixels: np.ndarray, vectors: np.ndarray, modulation: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The inner products of each sample, and of its slopes along y and x times its `modulation`, with its row's
-        vector: each (rows, points)."""
-        corners = self._corners.reshape(len(vectors), -1)
+        """The inner products of each row's vector with its samples, and with their slopes along y and x times
+        `modulation`: each (rows, points)."""
+        corners, pixels = self._corners.reshape(len(vectors), -1), pixels[self._touched]
         products = np.empty((*corners.shape, 1), pixels.dtype)
         step = max(1, _GATHERED // (corners.shape[1] * pixels[:1].nbytes))
         gathered = np.empty((min(step, len(vectors)), corners.shape[1], pixels.shape[1]), pixels.dtype)
@@ -125,15 +158,15 @@ class Sampler:
         slope_y = (bottom_left - top_left) + self._x * (bottom - top)
         slope_x = top + self._y * (bottom - top)
         value = top_left + self._x * top + self._y * slope_y
+        value[~self.counted] = 0
         if modulation is not None:
             slope_y, slope_x = slope_y * modulation.ravel(), slope_x * modulation.ravel()
-        kept = (value, self.counted), (slope_y, self._sloped), (slope_x, self._sloped)
-        value, slope_y, slope_x = (np.where(mask, product, 0).reshape(len(vectors), -1) for product, mask in kept)
-        return value, slope_y, slope_x
+        slope_y[self._outside] = slope_x[self._outside] = 0
+        return tuple(product.reshape(len(vectors), -1) for product in (value, slope_y, slope_x))
 
 
-def _matrix(weights: np.ndarray, pixels: np.ndarray, rows: np.ndarray, width: int) -> csr_array:
-    return csr_array((weights, pixels, rows), shape=(len(rows) - 1, width))
+def _matrix(weights: np.ndarray, numbers: np.ndarray, rows: np.ndarray, width: int) -> csr_array:
+    return csr_array((weights.ravel(), numbers.ravel(), rows), shape=(len(rows) - 1, width))
 
 
 def _ceiling(size: int, dtype: type) -> float:
