@@ -85,8 +85,9 @@ def backward(g: Geometry, grads: Any, grad_output: Any, *tensors: Any) -> None:
 
     def accumulate() -> None:
         for (n, *_), shares in zip(blocks, workers.ordered(differentiate, blocks), strict=True):
-            for total, (rows, share) in zip(sums[n] if sums else (), shares, strict=True):
-                total[rows] += share
+            for total, level_shares in zip(sums[n] if sums else (), shares, strict=True):
+                for share in level_shares:
+                    total[share.at] += share.sums
 
     with _team(g, dtype) as workers:
         numbers = g.pixels * g.groups * g.group_channels  # of an image
@@ -107,7 +108,7 @@ def backward(g: Geometry, grads: Any, grad_output: Any, *tensors: Any) -> None:
 
 def _team(g: Geometry, dtype: type) -> Any:
     size = g.batch * math.prod(g.queries) * g.groups * g.levels * g.points * g.group_channels * np.dtype(dtype).itemsize
-    return team(size, 2 * _CHUNK)
+    return team(size, _CHUNK // 2 + (2 << 20) * g.levels)
 
 
 def _blocks(g: Geometry, images: range) -> list[Block]:
@@ -121,9 +122,7 @@ def _blocks(g: Geometry, images: range) -> list[Block]:
     ]
 
 
-def _padded(
-    g: Geometry, workers: Team, image: np.ndarray, levels: list[Level], images: range, dtype: type
-) -> Images:
+def _padded(g: Geometry, workers: Team, image: np.ndarray, levels: list[Level], images: range, dtype: type) -> Images:
     planes = _planes(g, image, levels, images)
     pixels = padded(workers, [plane.reshape(*plane.shape[:2], -1) for plane in planes], dtype)
     rows = [p.reshape(-1, g.group_channels) for p in pixels]
@@ -152,12 +151,12 @@ def _store(g: Geometry, workers: Team, levels: list[Level], grad_image: np.ndarr
     """The levels' gradients, in one image; 0 in the pixels of none, and rounded once where levels overlap."""
     spans = sorted((level.first, level.first + level.height * level.width) for level in levels)
     if any(end > first for (_, end), (first, _) in itertools.pairwise(spans)):
-        for n in sums:
-            total = np.zeros(grad_image.shape[1:])
-            only = {n: sums[n]}
-            for plane, share in zip(_planes(g, total[None], levels, range(1)), _interiors(g, levels, only), strict=True):
-                plane += share
-            grad_image[n] = total
+        for n, totals in sums.items():
+            image = np.zeros(grad_image.shape[1:])
+            for level, total in zip(levels, _interiors(g, levels, {n: totals}), strict=True):
+                plane = g.plane(image, level)
+                plane += total
+            grad_image[n] = image
     else:
         images = range(min(sums), max(sums) + 1)
         grad_image[images.start : images.stop] = 0

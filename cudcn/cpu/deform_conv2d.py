@@ -17,9 +17,9 @@ from .sampling import Sampler, interior, padded, sums_of, zeros
 if TYPE_CHECKING:
     from ..ops.deform_conv2d import Geometry
 
-_BLOCK = 2 << 20  # bytes of a block's columns
+_BLOCK = 5 << 19  # bytes of a block's columns and samples
 _WAVE = 8 << 20  # bytes of the columns that wait for their product with grad_output
-_SLICE = 144  # columns of the weight's gradient that one thread multiplies: fewer would not be fast
+_SLICE = 288  # columns of the weight's gradient that one thread multiplies: fewer would not be fast
 _RUN = 1024  # pixels of one product in float32; products are summed in float64
 
 Block = tuple[int, slice]  # an image, and some of its output pixels
@@ -28,7 +28,8 @@ Images = dict[int, list[np.ndarray]]  # of each offset group of an image, the pi
 
 @np.errstate(all="ignore")  # NaN and infinity pass through, as in the kernels
 def forward(g: Geometry, out: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> None:
-    out, input, offset, mask = g.nchw(out, input, offset, mask)
+    input, *images = g.nchw(input, out, offset, mask)
+    out, offset, mask = _flat(g, images)
     dtype = arithmetic(input)
     matrix = _matrix(g, weight, dtype)
 
@@ -41,9 +42,9 @@ def forward(g: Geometry, out: Any, input: Any, offset: Any, weight: Any, bias: A
         product = _by_group(g, _joined(g, columns)) @ matrix
         if bias is not None:
             product += bias.astype(dtype).reshape(g.groups, 1, -1)
-        out[n].reshape(g.out_channels, -1)[:, part] = _by_channel(g, product)
+        out[n][:, part] = _by_channel(g, product)
 
-    with _team(g, dtype) as workers:
+    with _team(g, dtype, copies=2) as workers:
         for images in batches(g.batch, g.channels * g.height * g.width * np.dtype(dtype).itemsize):
             pixels = _by_image(g, images, padded(workers, _planes(g, input, images), dtype))
             for _ in workers.ordered(convolve, _blocks(g, images, dtype)):
@@ -55,8 +56,8 @@ def backward(
     g: Geometry, grads: Any, grad_output: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any
 ) -> None:
     grad_input, grad_offset, grad_weight, grad_bias, grad_mask = grads
-    grad_input, grad_offset, grad_mask = g.nchw(grad_input, grad_offset, grad_mask)
-    grad_output, input, offset, mask = g.nchw(grad_output, input, offset, mask)
+    input, grad_input, *images = g.nchw(input, grad_input, grad_output, offset, mask, grad_offset, grad_mask)
+    grad_output, offset, mask, grad_offset, grad_mask = _flat(g, images)
     dtype = arithmetic(input)
     matrix = _matrix(g, weight, dtype)
     weight_sum: np.ndarray = np.zeros((g.groups, g.out_channels // g.groups, matrix.shape[1]))
@@ -65,7 +66,7 @@ def backward(
     def differentiate(block: Block) -> Any:
         """The block's shares of the image's gradient, and what the weight's is made of; offset and mask are its own."""
         n, part = block
-        grad_product = grad_output[n].reshape(g.groups, g.out_channels // g.groups, -1)[:, :, part].astype(dtype)
+        grad_product = grad_output[n].reshape(g.groups, -1, g.out_pixels)[:, :, part].astype(dtype)
         grad_columns = _by_offset_group(g, grad_product.transpose(0, 2, 1) @ matrix.transpose(0, 2, 1))
         shares, columns = [], []
         for group, grad_samples in enumerate(grad_columns):
@@ -94,8 +95,9 @@ def backward(
 
     def accumulate() -> None:
         for (n, _), (shares, bias_share, factors) in zip(blocks, workers.ordered(differentiate, blocks), strict=True):
-            for total, (rows, share) in zip(sums[n] if sums else (), shares, strict=True):
-                total[rows] += share
+            for total, group_shares in zip(sums[n] if sums else (), shares, strict=True):
+                for share in group_shares:
+                    total[share.at] += share.sums
             if pixels:
                 bias_sum[...] += bias_share
             if factors is not None:
@@ -105,12 +107,12 @@ def backward(
         multiply_kept()
 
     def multiply_kept() -> None:
-        slices = [slice(column, column + _SLICE) for column in range(0, matrix.shape[1], _SLICE)]
-        for _ in workers.ordered(multiply, slices):
+        columns = range(0, matrix.shape[1] if kept else 0, _SLICE)
+        for _ in workers.ordered(multiply, [slice(column, column + _SLICE) for column in columns]):
             pass
         kept.clear()
 
-    with _team(g, dtype) as workers:
+    with _team(g, dtype, copies=4) as workers:
         numbers = g.channels * g.height * g.width  # of an image
         for images in batches(g.batch, 12 * numbers):
             blocks, pixels, sums, kept = _blocks(g, images, dtype), {}, {}, []
@@ -134,14 +136,19 @@ def backward(
         grad_bias[...] = bias_sum
 
 
-def _team(g: Geometry, dtype: type) -> Any:
-    columns = g.taps * g.channels * np.dtype(dtype).itemsize  # of one output pixel, in bytes
-    return team(g.batch * g.out_pixels * columns, 5 * _step(g, dtype) * columns)
+def _team(g: Geometry, dtype: type, copies: int) -> Any:
+    """For blocks that need their size in bytes `copies` times."""
+    return team(g.batch * g.out_pixels * _pixel_bytes(g, dtype), copies * _step(g, dtype) * _pixel_bytes(g, dtype))
+
+
+def _pixel_bytes(g: Geometry, dtype: type) -> int:
+    """Of an output pixel's columns and samples."""
+    return g.taps * np.dtype(dtype).itemsize * (g.channels + 12 * g.offset_groups)
 
 
 def _step(g: Geometry, dtype: type) -> int:
     """Output pixels of a block."""
-    return max(256, _BLOCK // (g.taps * g.channels * np.dtype(dtype).itemsize))
+    return max(256, _BLOCK // _pixel_bytes(g, dtype))
 
 
 def _blocks(g: Geometry, images: range, dtype: type) -> list[Block]:
@@ -165,6 +172,11 @@ def _planes(g: Geometry, input: np.ndarray, images: range) -> list[np.ndarray]:
     return [input[n, c : c + size].transpose(1, 2, 0) for n in images for c in range(0, g.channels, size)]
 
 
+def _flat(g: Geometry, images: list[Any]) -> list[Any]:
+    """(N, C, H_out * W_out) of images of the output's size: views, or a copy for all blocks."""
+    return [None if image is None else image.reshape(*image.shape[:2], g.out_pixels) for image in images]
+
+
 def _taps(g: Geometry, image: np.ndarray, group: int, parts: int) -> np.ndarray:
     """(K, parts, H_out * W_out) of one offset group in an image of offsets (2 parts) or of masks (1 part)."""
     size = g.taps * parts
@@ -173,11 +185,14 @@ def _taps(g: Geometry, image: np.ndarray, group: int, parts: int) -> np.ndarray:
 
 def _sampler(g: Geometry, offset: np.ndarray, part: slice, group: int, dtype: type) -> Sampler:
     """Samples at (Q, K): each output pixel's taps."""
-    pixel, tap = (np.stack(np.divmod(np.arange(*ends), width)) for ends, width in (((part.start, part.stop), g.out_width), ((g.taps,), g.kernel[1])))
-    stride, padding, dilation = (np.array(pair)[:, None] for pair in (g.stride, g.padding, g.dilation))
-    origin = ((pixel * stride - padding)[:, :, None] + (tap * dilation)[:, None]).astype(dtype)
+    pixel, tap = np.divmod(np.arange(part.start, part.stop), g.out_width), np.divmod(np.arange(g.taps), g.kernel[1])
+    origin = np.empty((2, part.stop - part.start, g.taps), dtype)
+    for axis in (0, 1):
+        first = pixel[axis] * g.stride[axis] - g.padding[axis]
+        origin[axis] = first[:, None] + tap[axis] * g.dilation[axis]
     shift: np.ndarray = _taps(g, offset, group, 2)[:, :, part].astype(dtype, copy=False)
-    return Sampler(origin + shift.transpose(1, 2, 0), g.height, g.width)
+    origin += shift.transpose(1, 2, 0)
+    return Sampler(origin, g.height, g.width)
 
 
 def _modulation(g: Geometry, mask: Any, n: int, part: slice, group: int) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 
 SCRATCH = 40 << 20  # bytes that all pieces worked on at a time may need
 HELD = 16 << 20  # bytes that images held at a time may take, if they are more than one
-_STRIP = 256 << 10  # bytes copied at a time
+_STRIP = 1 << 20  # bytes copied at a time
 _WORTH_A_THREAD = 512 << 10  # bytes; starting a thread takes as long as some 100 KB of columns
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -7,8 +7,10 @@ are left out lie in the border too.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -16,7 +18,8 @@ from scipy.sparse import csr_array
 from .parallel import Team
 
 _BORDER = 1  # on each side
-_STRIP = 256 << 10  # bytes copied at a time
+_STRIP = 1 << 20  # bytes copied at a time
+_SHARE = 2 << 20  # bytes of sums that a thread leaves to be added up
 _GATHERED = 1 << 20  # bytes of pixels copied at a time: more would leave the cache
 _FEW = 16  # blocks whose shares may be summed in float32
 _RUN = 128  # terms of one running sum in float32: it may lose 2e-6, and 16 times that in 16 times as many
@@ -57,6 +60,11 @@ def interior(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return grid[_BORDER : _BORDER + height, _BORDER : _BORDER + width]
 
 
+class Share(NamedTuple):
+    at: tuple[slice | np.ndarray, slice]  # pixels and channels
+    sums: np.ndarray
+
+
 class Sampler:
     """The sampling operator at `places` (2, ...), y and x in pixels, of an image (height, width).
 
@@ -69,7 +77,7 @@ class Sampler:
 
     def __init__(self, places: np.ndarray, height: int, width: int, points: int = 1, planes: int = 1) -> None:
         flat = places.reshape(2, -1)
-        before_end = flat < np.array([[_ceiling(size, places.dtype.type)] for size in (height, width)])
+        before_end = flat < _ends(height, width, places.dtype.type)
         sloped: np.ndarray = np.logical_and(*((flat >= -1) & before_end))  # NaN is not
         self.counted: np.ndarray = np.logical_and(*((flat > -1) & before_end))
         self._outside = np.flatnonzero(~sloped)
@@ -124,10 +132,11 @@ class Sampler:
         total = parts.reshape(-1, runs, pixels.shape[1]).sum(axis=1, dtype=np.float64)
         return total.astype(pixels.dtype, copy=False)
 
-    def scattered(
-        self, vectors: np.ndarray, modulation: np.ndarray | None = None
-    ) -> tuple[slice | np.ndarray, np.ndarray]:
-        """Which pixels the samples touch, and each one's sum of its samples' shares in the vectors of their rows."""
+    def scattered(self, vectors: np.ndarray, modulation: np.ndarray | None = None) -> Iterable[Share]:
+        """The samples' shares in the vectors of their rows, summed for each pixel that they touch.
+
+        Many are not computed before they are asked for, and then some channels at a time.
+        """
         weights, corners = self._value(modulation)
         touched: slice | np.ndarray = self._touched
         count = self._touched.stop - self._touched.start
@@ -138,7 +147,12 @@ class Sampler:
         samples_of_a_cell = np.bincount(corners[:, 0])[1:]  # without those that are outside
         if vectors.dtype == np.float32 and 4 * samples_of_a_cell.max(initial=0) > _RUN:
             weights, vectors = weights.astype(np.float64), vectors.astype(np.float64)
-        return touched, _matrix(weights, corners, self._rows, count).T @ vectors
+        matrix = _matrix(weights, corners, self._rows, count).T
+        step = max(1, _SHARE // (count * vectors.itemsize))
+        if step >= vectors.shape[1]:
+            return [Share((touched, slice(None)), matrix @ vectors)]
+        parts = (slice(c, c + step) for c in range(0, vectors.shape[1], step))
+        return (Share((touched, part), matrix @ vectors[:, part]) for part in parts)
 
     def products(
         self, pixels: np.ndarray, vectors: np.ndarray, modulation: np.ndarray | None = None
@@ -169,7 +183,8 @@ def _matrix(weights: np.ndarray, numbers: np.ndarray, rows: np.ndarray, width: i
     return csr_array((weights.ravel(), numbers.ravel(), rows), shape=(len(rows) - 1, width))
 
 
-def _ceiling(size: int, dtype: type) -> float:
-    """The least number of the type that is not below `size`: one of its numbers is below both or neither."""
-    end = dtype(size)
-    return end if float(end) >= size else np.nextafter(end, dtype(np.inf))
+@functools.cache
+def _ends(height: int, width: int, dtype: type) -> np.ndarray:
+    """(2, 1) of the type's least numbers that are not below the sizes, so that no number comes between."""
+    ends = np.array([[height], [width]], dtype)
+    return np.where(ends.astype(np.float64) < [[height], [width]], np.nextafter(ends, dtype(np.inf)), ends)
