@@ -33,12 +33,12 @@ def forward(g: Geometry, out: Any, *tensors: Any) -> None:
     def aggregate(block: Block) -> None:
         n, rows, columns = block
         factors = _weights(g, weights[n, rows, columns], dtype)
-        totals = (
-            _sampler(g, level, places[n], rows, columns, index, dtype).sums(pixels[n][index], factors[:, index])
-            for index, level in enumerate(levels)
-        )
+        total: Any = 0
+        for index, level in enumerate(levels):
+            sampler = _sampler(g, level, places[n], rows, columns, index, dtype)
+            total = total + sampler.sums(pixels[n][index], factors[:, index])
         part = out[n, rows, columns]
-        part[...] = sum(totals).reshape(part.shape)
+        part[...] = total.reshape(part.shape)
 
     with _team(g, dtype) as workers:
         for images in batches(g.batch, g.pixels * g.groups * g.group_channels * np.dtype(dtype).itemsize):
@@ -92,7 +92,9 @@ def backward(g: Geometry, grads: Any, grad_output: Any, *tensors: Any) -> None:
     with _team(g, dtype) as workers:
         numbers = g.pixels * g.groups * g.group_channels  # of an image
         for images in batches(g.batch, 12 * numbers):
-            blocks, pixels, sums = _blocks(g, images), {}, {}
+            blocks = _blocks(g, images)
+            pixels: Images = {}
+            sums: Images = {}
             sum_type = sums_of(len(blocks) // len(images), dtype)
             if grad_places is not None or grad_weights is not None:
                 pixels = _padded(g, workers, image, levels, images, dtype)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..check import arithmetic
-from .parallel import HELD, Team, batches, team
+from .parallel import HELD, batches, team
 from .sampling import Sampler, interior, padded, sums_of, zeros
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ Images = dict[int, list[np.ndarray]]  # of each offset group of an image, the pi
 
 @np.errstate(all="ignore")  # NaN and infinity pass through, as in the kernels
 def forward(g: Geometry, out: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> None:
-    input, *images = g.nchw(input, out, offset, mask)
-    out, offset, mask = _flat(g, images)
+    input, *flat = g.nchw(input, out, offset, mask)
+    out, offset, mask = _flat(g, flat)
     dtype = arithmetic(input)
     matrix = _matrix(g, weight, dtype)
 
@@ -56,8 +56,8 @@ def backward(
     g: Geometry, grads: Any, grad_output: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any
 ) -> None:
     grad_input, grad_offset, grad_weight, grad_bias, grad_mask = grads
-    input, grad_input, *images = g.nchw(input, grad_input, grad_output, offset, mask, grad_offset, grad_mask)
-    grad_output, offset, mask, grad_offset, grad_mask = _flat(g, images)
+    input, grad_input, *flat = g.nchw(input, grad_input, grad_output, offset, mask, grad_offset, grad_mask)
+    grad_output, offset, mask, grad_offset, grad_mask = _flat(g, flat)
     dtype = arithmetic(input)
     matrix = _matrix(g, weight, dtype)
     weight_sum: np.ndarray = np.zeros((g.groups, g.out_channels // g.groups, matrix.shape[1]))
@@ -115,7 +115,10 @@ def backward(
     with _team(g, dtype, copies=4) as workers:
         numbers = g.channels * g.height * g.width  # of an image
         for images in batches(g.batch, 12 * numbers):
-            blocks, pixels, sums, kept = _blocks(g, images, dtype), {}, {}, []
+            blocks = _blocks(g, images, dtype)
+            pixels: Images = {}
+            sums: Images = {}
+            kept: list[tuple[np.ndarray, np.ndarray]] = []
             sum_type = sums_of(len(blocks) // len(images), dtype)
             if any(grad is not None for grad in (grad_offset, grad_weight, grad_bias, grad_mask)):
                 pixels = _by_image(g, images, padded(workers, _planes(g, input, images), dtype))

@@ -46,11 +46,11 @@ def threads() -> int:
         return int(wanted)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     openmp = re.match(r"\s*0*([1-9]\d*)", os.environ.get("OMP_NUM_THREADS", ""))  # of a list, the outermost level's
-    return min(cores, _quota(), int(openmp[1]) if openmp else cores, _limit.get(cores))
+    return int(min(cores, _quota(), int(openmp[1]) if openmp else cores, _limit.get(cores)))
 
 
 @functools.cache
-def _quota(root: str = "/") -> int | float:
+def _quota(root: str = "/") -> float:
     """The cores' worth of time that this process's control groups leave it, rounded up."""
     quotas = [math.inf]
     for line in _read(pathlib.Path(root, "proc/self/cgroup")).splitlines():

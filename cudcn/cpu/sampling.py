@@ -77,7 +77,7 @@ class Sampler:
 
     def __init__(self, places: np.ndarray, height: int, width: int, points: int = 1, planes: int = 1) -> None:
         flat = places.reshape(2, -1)
-        before_end = flat < _ends(height, width, places.dtype.type)
+        before_end = flat < _ends(height, width, places.dtype)
         sloped: np.ndarray = np.logical_and(*((flat >= -1) & before_end))  # NaN is not
         self.counted: np.ndarray = np.logical_and(*((flat > -1) & before_end))
         self._outside = np.flatnonzero(~sloped)
@@ -184,7 +184,7 @@ def _matrix(weights: np.ndarray, numbers: np.ndarray, rows: np.ndarray, width: i
 
 
 @functools.cache
-def _ends(height: int, width: int, dtype: type) -> np.ndarray:
+def _ends(height: int, width: int, dtype: np.dtype) -> np.ndarray:
     """(2, 1) of the type's least numbers that are not below the sizes, so that no number comes between."""
-    ends = np.array([[height], [width]], dtype)
-    return np.where(ends.astype(np.float64) < [[height], [width]], np.nextafter(ends, dtype(np.inf)), ends)
+    ends: np.ndarray = np.array([[height], [width]], dtype)
+    return np.where(ends.astype(np.float64) < [[height], [width]], np.nextafter(ends, dtype.type(np.inf)), ends)
