@@ -35,8 +35,8 @@ def forward(g: Geometry, out: Any, *tensors: Any) -> None:
         factors = _weights(g, weights[n, rows, columns], dtype)
         total: Any = 0
         for index, level in enumerate(levels):
-            sampler = _sampler(g, level, places[n], rows, columns, index, dtype)
-            total = total + sampler.sums(pixels[n][index], factors[:, index])
+            sampler = _sampler(g, level, index, places, factors, block)
+            total = total + sampler.sums(pixels[n][index])
         part = out[n, rows, columns]
         part[...] = total.reshape(part.shape)
 
@@ -63,11 +63,11 @@ def backward(g: Geometry, grads: Any, grad_output: Any, *tensors: Any) -> None:
         products, counted = np.zeros_like(factors), np.zeros(factors.shape, bool)
         shares = []
         for index, level in enumerate(levels):
-            sampler = _sampler(g, level, places[n], rows, columns, index, dtype)
+            sampler = _sampler(g, level, index, places, factors, block)
             if sums:
-                shares.append(sampler.scattered(vectors, factors[:, index]))
+                shares.append(sampler.scattered(vectors))
             if pixels:
-                products[:, index], *slopes = sampler.products(pixels[n][index], vectors, factors[:, index])
+                products[:, index], *slopes = sampler.products(pixels[n][index], vectors)
                 counted[:, index] = sampler.counted.reshape(-1, g.points)
                 if grad_places is not None:
                     part = grad_places[n, rows, columns, :, index]
@@ -174,14 +174,13 @@ def _weights(g: Geometry, weights: np.ndarray, dtype: type) -> np.ndarray:
     return exponentials / exponentials.sum((1, 2), keepdims=True)
 
 
-def _sampler(
-    g: Geometry, level: Level, places: np.ndarray, rows: slice, columns: slice, index: int, dtype: type
-) -> Sampler:
-    """Of the samples in one level; each row of its matrices sums those of a query and group."""
-    xy = places[rows, columns, :, index]
+def _sampler(g: Geometry, level: Level, index: int, places: np.ndarray, factors: np.ndarray, block: Block) -> Sampler:
+    """Of a block's samples in one level; each row sums those of a query and group."""
+    n, rows, columns = block
+    xy, dtype = places[n, rows, columns, :, index], factors.dtype.type
     positions = np.empty((2, *xy.shape[:-1]), dtype)
     for axis in (0, 1):
         np.multiply(xy[..., 1 - axis], dtype(g.scale(level)[axis]), out=positions[axis])
         origin = np.asarray(g.origin(axis, rows, dtype))
         positions[axis] += origin[columns] if axis == 1 and origin.ndim else origin
-    return Sampler(positions, level.height, level.width, g.points, g.groups)
+    return Sampler(positions, level.height, level.width, factors[:, index], g.points, g.groups)

@@ -36,8 +36,7 @@ def forward(g: Geometry, out: Any, input: Any, offset: Any, weight: Any, bias: A
     def convolve(block: Block) -> None:
         n, part = block
         columns = [
-            _sampler(g, offset[n], part, group, dtype).sums(pixels[n][group], _modulation(g, mask, n, part, group))
-            for group in range(g.offset_groups)
+            _sampler(g, offset, mask, block, group, dtype).sums(pixels[n][group]) for group in range(g.offset_groups)
         ]
         product = _by_group(g, _joined(g, columns)) @ matrix
         if bias is not None:
@@ -70,12 +69,11 @@ def backward(
         grad_columns = _by_offset_group(g, grad_product.transpose(0, 2, 1) @ matrix.transpose(0, 2, 1))
         shares, columns = [], []
         for group, grad_samples in enumerate(grad_columns):
-            sampler = _sampler(g, offset[n], part, group, dtype)
-            modulation = _modulation(g, mask, n, part, group)
+            sampler = _sampler(g, offset, mask, block, group, dtype)
             if sums:
-                shares.append(sampler.scattered(grad_samples, modulation))
+                shares.append(sampler.scattered(grad_samples))
             if pixels and (grad_offset is not None or grad_mask is not None):
-                products = sampler.products(pixels[n][group], grad_samples, modulation)
+                products = sampler.products(pixels[n][group], grad_samples)
                 value, slope_y, slope_x = (product.reshape(-1, g.taps).T for product in products)
                 if grad_mask is not None:
                     _taps(g, grad_mask[n], group, 1)[:, 0, part] = value
@@ -83,7 +81,7 @@ def backward(
                     places = _taps(g, grad_offset[n], group, 2)
                     places[:, 0, part], places[:, 1, part] = slope_y, slope_x
             if pixels and grad_weight is not None:
-                columns.append(sampler.sums(pixels[n][group], modulation))
+                columns.append(sampler.sums(pixels[n][group]))
         bias_share = grad_product.sum(2, dtype=np.float64).ravel()
         return shares, bias_share, (grad_product, _by_group(g, _joined(g, columns))) if columns else None
 
@@ -186,21 +184,18 @@ def _taps(g: Geometry, image: np.ndarray, group: int, parts: int) -> np.ndarray:
     return image[group * size : (group + 1) * size].reshape(g.taps, parts, g.out_pixels)
 
 
-def _sampler(g: Geometry, offset: np.ndarray, part: slice, group: int, dtype: type) -> Sampler:
+def _sampler(g: Geometry, offset: np.ndarray, mask: Any, block: Block, group: int, dtype: type) -> Sampler:
     """Samples at (Q, K): each output pixel's taps."""
+    n, part = block
     pixel, tap = np.divmod(np.arange(part.start, part.stop), g.out_width), np.divmod(np.arange(g.taps), g.kernel[1])
-    origin = np.empty((2, part.stop - part.start, g.taps), dtype)
+    places = np.empty((2, part.stop - part.start, g.taps), dtype)
     for axis in (0, 1):
         first = pixel[axis] * g.stride[axis] - g.padding[axis]
-        origin[axis] = first[:, None] + tap[axis] * g.dilation[axis]
-    shift: np.ndarray = _taps(g, offset, group, 2)[:, :, part].astype(dtype, copy=False)
-    origin += shift.transpose(1, 2, 0)
-    return Sampler(origin, g.height, g.width)
-
-
-def _modulation(g: Geometry, mask: Any, n: int, part: slice, group: int) -> Any:
-    """(Q, K), or None."""
-    return None if mask is None else _taps(g, mask[n], group, 1)[:, 0, part].T
+        places[axis] = first[:, None] + tap[axis] * g.dilation[axis]
+    shift: np.ndarray = _taps(g, offset[n], group, 2)[:, :, part].astype(dtype, copy=False)
+    places += shift.transpose(1, 2, 0)
+    modulation = None if mask is None else _taps(g, mask[n], group, 1)[:, 0, part].T.astype(dtype, copy=False)
+    return Sampler(places, g.height, g.width, modulation)
 
 
 def _matrix(g: Geometry, weight: np.ndarray, dtype: type) -> np.ndarray:

@@ -68,14 +68,23 @@ class Share(NamedTuple):
 class Sampler:
     """The sampling operator at `places` (2, ...), y and x in pixels, of an image (height, width).
 
-    Each row sums `points` places, in C order. With several `planes`, an axis of `places` before its last counts them,
-    and the pixels of all planes at (y, x) are rows one after another, as in (pixels, planes * C).
+    Each row sums `points` places, in C order, each times its `modulation`. With several `planes`, an axis of `places`
+    before its last counts them, and the pixels of all planes at (y, x) are rows one after another, as in
+    (pixels, planes * C).
 
     A place is outside where it is <= -1 or >= the size along either axis, NaN or infinite. Its sample is left out
     whatever its modulation is. One at exactly -1 has slopes all the same, those of the cell [-1, 0].
     """
 
-    def __init__(self, places: np.ndarray, height: int, width: int, points: int = 1, planes: int = 1) -> None:
+    def __init__(
+        self,
+        places: np.ndarray,
+        height: int,
+        width: int,
+        modulation: np.ndarray | None,
+        points: int = 1,
+        planes: int = 1,
+    ) -> None:
         flat = places.reshape(2, -1)
         before_end = flat < _ends(height, width, places.dtype)
         sloped: np.ndarray = np.logical_and(*((flat >= -1) & before_end))  # NaN is not
@@ -104,61 +113,64 @@ class Sampler:
         self._corners[self._outside] = 0
         self._rows = 4 * points * np.arange(top_left.size // points + 1, dtype=index)
         self._points = points
+        self._modulation = None if modulation is None else modulation.ravel()
 
-    def _value(self, modulation: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """(samples, 4): the weights of all corners, and their numbers."""
+    @functools.cached_property
+    def _operator(self) -> csr_array:
+        """(rows, pixels touched)"""
         bottom, right = self._y, self._x
         top, left = 1 - bottom, 1 - right
-        corners = self._corners
-        if np.count_nonzero(self.counted) + self._outside.size < len(corners):
-            corners = np.where(self.counted[:, None], corners, 0)  # at -1: the pixels beside it may be NaN
-        if modulation is not None:
-            modulation = np.where(self.counted, modulation.ravel(), 0)
+        if self._modulation is not None:
+            modulation = np.where(self.counted, self._modulation, 0)
             top, bottom = top * modulation, bottom * modulation
-        weights = np.empty(corners.shape, self._y.dtype)
+        weights = np.empty(self._corners.shape, self._y.dtype)
         for corner, (row, column) in enumerate(((top, left), (top, right), (bottom, left), (bottom, right))):
             np.multiply(row, column, out=weights[:, corner])
-        return weights, corners
+        corners = self._corners
+        left_out = np.flatnonzero(~self.counted)
+        if left_out.size > self._outside.size:
+            corners = corners.copy()
+            corners[left_out] = 0  # at -1 too: the pixels beside may be NaN
+        shape = len(self._rows) - 1, self._touched.stop - self._touched.start
+        return csr_array((weights.ravel(), corners.ravel(), self._rows), shape=shape)
 
-    def sums(self, pixels: np.ndarray, modulation: np.ndarray | None = None) -> np.ndarray:
-        """(rows, C): the sum of each row's samples, each times its `modulation`."""
-        weights, corners = self._value(modulation)
-        pixels = pixels[self._touched]
+    def sums(self, pixels: np.ndarray) -> np.ndarray:
+        """(rows, C): the sum of each row's samples."""
+        operator, pixels = self._operator, pixels[self._touched]
         runs = math.ceil(4 * self._points / _RUN)
         if runs == 1:
-            return _matrix(weights, corners, self._rows, len(pixels)) @ pixels
+            return operator @ pixels
         ends = np.minimum(self._rows[:-1, None] + _RUN * np.arange(1, runs + 1), self._rows[1:, None])
-        parts = _matrix(weights, corners, np.append(0, ends).astype(corners.dtype), len(pixels)) @ pixels
+        rows = np.append(0, ends).astype(self._rows.dtype)
+        parts = csr_array((operator.data, operator.indices, rows), shape=(ends.size, len(pixels))) @ pixels
         total = parts.reshape(-1, runs, pixels.shape[1]).sum(axis=1, dtype=np.float64)
         return total.astype(pixels.dtype, copy=False)
 
-    def scattered(self, vectors: np.ndarray, modulation: np.ndarray | None = None) -> Iterable[Share]:
+    def scattered(self, vectors: np.ndarray) -> Iterable[Share]:
         """The samples' shares in the vectors of their rows, summed for each pixel that they touch.
 
         Many are not computed before they are asked for, and then some channels at a time.
         """
-        weights, corners = self._value(modulation)
+        operator = self._operator
         touched: slice | np.ndarray = self._touched
-        count = self._touched.stop - self._touched.start
-        if count > corners.size:  # few of the pixels in the rows between the first and the last one
-            numbers, corners = np.unique(corners, return_inverse=True)
-            touched, count = numbers + self._touched.start, len(numbers)
-            corners = corners.astype(self._rows.dtype).reshape(-1, 4)
-        samples_of_a_cell = np.bincount(corners[:, 0])[1:]  # without those that are outside
+        if operator.shape[1] > operator.nnz:  # few of the pixels in the rows between the first and the last one
+            numbers, columns = np.unique(operator.indices, return_inverse=True)
+            parts = operator.data, columns.astype(self._rows.dtype), self._rows
+            operator, touched = csr_array(parts, shape=(operator.shape[0], len(numbers))), numbers + self._touched.start
+        samples_of_a_cell = np.bincount(operator.indices[::4])[1:]  # without those that are left out
         if vectors.dtype == np.float32 and 4 * samples_of_a_cell.max(initial=0) > _RUN:
-            weights, vectors = weights.astype(np.float64), vectors.astype(np.float64)
-        matrix = _matrix(weights, corners, self._rows, count).T
-        step = max(1, _SHARE // (count * vectors.itemsize))
+            operator, vectors = operator.astype(np.float64), vectors.astype(np.float64)
+        step = max(1, _SHARE // (operator.shape[1] * vectors.itemsize))
         if step >= vectors.shape[1]:
-            return [Share((touched, slice(None)), matrix @ vectors)]
-        parts = (slice(c, c + step) for c in range(0, vectors.shape[1], step))
-        return (Share((touched, part), matrix @ vectors[:, part]) for part in parts)
+            return [Share((touched, slice(None)), operator.T @ vectors)]
+        channels = (slice(c, c + step) for c in range(0, vectors.shape[1], step))
+        return (Share((touched, some), operator.T @ vectors[:, some]) for some in channels)
 
-    def products(
-        self, pixels: np.ndarray, vectors: np.ndarray, modulation: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The inner products of each row's vector with its samples, and with their slopes along y and x times
-        `modulation`: each (rows, points)."""
+    def products(self, pixels: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each row's vector with the values at its places, and with their modulated slopes along y and x.
+
+        Each (rows, points).
+        """
         corners, pixels = self._corners.reshape(len(vectors), -1), pixels[self._touched]
         products = np.empty((*corners.shape, 1), pixels.dtype)
         step = max(1, _GATHERED // (corners.shape[1] * pixels[:1].nbytes))
@@ -173,17 +185,13 @@ class Sampler:
         slope_x = top + self._y * (bottom - top)
         value = top_left + self._x * top + self._y * slope_y
         value[~self.counted] = 0
-        if modulation is not None:
-            slope_y, slope_x = slope_y * modulation.ravel(), slope_x * modulation.ravel()
+        if self._modulation is not None:
+            slope_y, slope_x = slope_y * self._modulation, slope_x * self._modulation
         slope_y[self._outside] = slope_x[self._outside] = 0
         return tuple(product.reshape(len(vectors), -1) for product in (value, slope_y, slope_x))
 
 
-def _matrix(weights: np.ndarray, numbers: np.ndarray, rows: np.ndarray, width: int) -> csr_array:
-    return csr_array((weights.ravel(), numbers.ravel(), rows), shape=(len(rows) - 1, width))
-
-
-@functools.cache
+@functools.lru_cache
 def _ends(height: int, width: int, dtype: np.dtype) -> np.ndarray:
     """(2, 1) of the type's least numbers that are not below the sizes, so that no number comes between."""
     ends: np.ndarray = np.array([[height], [width]], dtype)
