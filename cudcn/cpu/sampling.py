@@ -19,7 +19,7 @@ from .parallel import Team
 
 _BORDER = 1  # on each side
 _STRIP = 1 << 20  # bytes copied at a time
-_SHARE = 2 << 20  # bytes of sums that a thread leaves to be added up
+_SHARE = 4 << 20  # bytes of sums that a thread leaves to be added up
 _GATHERED = 1 << 20  # bytes of pixels copied at a time: more would leave the cache
 _FEW = 16  # blocks whose shares may be summed in float32
 _RUN = 128  # terms of one running sum in float32: it may lose 2e-6, and 16 times that in 16 times as many
@@ -151,20 +151,21 @@ class Sampler:
 
         Many are not computed before they are asked for, and then some channels at a time.
         """
-        operator = self._operator
+        weights, corners, width = self._operator.data, self._operator.indices, self._operator.shape[1]
         touched: slice | np.ndarray = self._touched
-        if operator.shape[1] > operator.nnz:  # few of the pixels in the rows between the first and the last one
-            numbers, columns = np.unique(operator.indices, return_inverse=True)
-            parts = operator.data, columns.astype(self._rows.dtype), self._rows
-            operator, touched = csr_array(parts, shape=(operator.shape[0], len(numbers))), numbers + self._touched.start
-        samples_of_a_cell = np.bincount(operator.indices[::4])[1:]  # without those that are left out
+        if width > corners.size:  # few of the pixels in the rows between the first and the last one
+            numbers, corners = np.unique(np.append(0, corners), return_inverse=True)  # 0 remains 0
+            touched, width = numbers + self._touched.start, len(numbers)
+            corners = corners[1:].astype(self._rows.dtype)
+        samples_of_a_cell = np.bincount(corners[::4])[1:]  # without those that are left out
         if vectors.dtype == np.float32 and 4 * samples_of_a_cell.max(initial=0) > _RUN:
-            operator, vectors = operator.astype(np.float64), vectors.astype(np.float64)
-        step = max(1, _SHARE // (operator.shape[1] * vectors.itemsize))
+            weights, vectors = weights.astype(np.float64), vectors.astype(np.float64)
+        scatter = csr_array((weights, corners, self._rows), shape=(len(self._rows) - 1, width)).T
+        step = max(1, _SHARE // (width * vectors.itemsize))
         if step >= vectors.shape[1]:
-            return [Share((touched, slice(None)), operator.T @ vectors)]
+            return [Share((touched, slice(None)), scatter @ vectors)]
         channels = (slice(c, c + step) for c in range(0, vectors.shape[1], step))
-        return (Share((touched, some), operator.T @ vectors[:, some]) for some in channels)
+        return (Share((touched, some), scatter @ vectors[:, some]) for some in channels)
 
     def products(self, pixels: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each row's vector with the values at its places, and with their modulated slopes along y and x.
