@@ -1,136 +1,186 @@
 """dcnv3, dcnv4 and ms_deform_attn on NumPy arrays: a sparse matrix whose rows sum the samples of a query and group.
 
-Work is split by image and groups, which share nothing; the queries of one piece are taken some rows at a time.
+Work is split into blocks of one image's queries. Neither the blocks nor the order in which they are summed depend on
+the number of threads.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..check import arithmetic
-from .parallel import ordered, threads
-from .sampling import Sampler, padded, unpadded
+from .parallel import HELD, Team, batches, team
+from .sampling import Sampler, interior, padded, sums_of, zeros
 
 if TYPE_CHECKING:
     from ..ops.aggregate import Geometry, Level
 
-_CHUNK = 1 << 16  # samples of one level
+_CHUNK = 8 << 20  # bytes of a block, by estimate
+
+Block = tuple[int, slice, slice]  # an image, and the rows and columns of some of its queries
+Images = dict[int, list[np.ndarray]]  # (pixels * groups, D) of each level of an image, with its border
 
 
+@np.errstate(all="ignore")  # NaN and infinity pass through, as in the kernels
 def forward(g: Geometry, out: Any, *tensors: Any) -> None:
-    out, levels = g.by_group(out), g.images(*tensors)
+    image, places, weights = g.parts(*tensors)
+    out, levels, dtype = g.by_group(out), g.images(*tensors), arithmetic(image)
 
-    def aggregate(n: int, groups: slice) -> None:
-        samples = _Samples(g, tensors, levels, n, groups)
-        for rows in samples.chunks():
-            weights = samples.weights(rows)
-            totals = [
-                samples.sampler(rows, index).value(weights[:, index]) @ pixels
-                for index, pixels in enumerate(samples.pixels)
-            ]
-            part = out[n, rows, :, groups]
-            part[...] = sum(totals).reshape(part.shape)
+    def aggregate(block: Block) -> None:
+        n, rows, columns = block
+        factors = _weights(g, weights[n, rows, columns], dtype)
+        total: Any = 0
+        for index, level in enumerate(levels):
+            sampler = _sampler(g, level, index, places, factors, block)
+            total = total + sampler.sums(pixels[n][index])
+        part = out[n, rows, columns]
+        part[...] = total.reshape(part.shape)
 
-    _in_pieces(g, aggregate)
+    with _team(g, dtype) as workers:
+        for images in batches(g.batch, g.pixels * g.groups * g.group_channels * np.dtype(dtype).itemsize):
+            pixels = _padded(g, workers, image, levels, images, dtype)
+            for _ in workers.ordered(aggregate, _blocks(g, images)):
+                pass
 
 
+@np.errstate(all="ignore")
 def backward(g: Geometry, grads: Any, grad_output: Any, *tensors: Any) -> None:
-    grad_output, levels = g.by_group(grad_output), g.images(*tensors)
+    image, places, weights = g.parts(*tensors)
+    grad_output, levels, dtype = g.by_group(grad_output), g.images(*tensors), arithmetic(image)
     grad_image, grad_places, grad_weights = g.parts(*grads)
     if (unused := g.unused(*grads)) is not None:
         unused[...] = 0
 
-    def differentiate(n: int, groups: slice) -> None:
-        samples = _Samples(g, tensors, levels, n, groups)
-        sums = [np.zeros_like(pixels) for pixels in samples.pixels]
-        for rows in samples.chunks():
-            weights = samples.weights(rows)
-            vectors = grad_output[n, rows, :, groups].reshape(-1, g.group_channels).astype(samples.dtype, copy=False)
-            products = np.empty_like(weights)
-            for index, (level, pixels) in enumerate(zip(levels, samples.pixels, strict=True)):
-                sampler = samples.sampler(rows, index)
-                if grad_image is not None:
-                    sums[index] += sampler.value(weights[:, index]).T @ vectors
-                if grad_places is None and grad_weights is None:
-                    continue
-                products[:, index], *slopes = sampler.products(pixels, vectors)
+    def differentiate(block: Block) -> list[Any]:
+        """The block's shares of the levels' gradients; places and weights are its own to write."""
+        n, rows, columns = block
+        factors = _weights(g, weights[n, rows, columns], dtype)
+        vectors = grad_output[n, rows, columns].reshape(-1, g.group_channels).astype(dtype, copy=False)
+        products, counted = np.zeros_like(factors), np.zeros(factors.shape, bool)
+        shares = []
+        for index, level in enumerate(levels):
+            sampler = _sampler(g, level, index, places, factors, block)
+            if sums:
+                shares.append(sampler.scattered(vectors))
+            if pixels:
+                products[:, index], *slopes = sampler.products(pixels[n][index], vectors)
+                counted[:, index] = sampler.counted.reshape(-1, g.points)
                 if grad_places is not None:
-                    part = grad_places[n, rows, :, groups, index]
+                    part = grad_places[n, rows, columns, :, index]
                     for axis in (0, 1):
-                        slope = slopes[axis] * weights[:, index] * samples.dtype(g.scale(level)[axis])
+                        slope = slopes[axis] * dtype(g.scale(level)[axis])
                         part[..., 1 - axis] = slope.reshape(part.shape[:-1])
-            if grad_weights is not None:
-                if g.softmax:
-                    products = weights * (products - (weights * products).sum((1, 2), keepdims=True))
-                part = grad_weights[n, rows, :, groups]
-                part[...] = products.reshape(part.shape)
-        if grad_image is not None:
-            image = grad_image[n, ..., groups, :]
-            image[...] = 0
-            for level, total in zip(levels, sums, strict=True):
+        if pixels and grad_weights is not None:
+            if g.softmax:
+                # factors that are NaN are so all together: they count where any sample does
+                mean = (factors * products).sum((1, 2), keepdims=True)
+                products = np.where(counted.any((1, 2), keepdims=True), factors * (products - mean), 0)
+            part = grad_weights[n, rows, columns]
+            part[...] = products.reshape(part.shape)
+        return shares
+
+    def accumulate() -> None:
+        for (n, *_), shares in zip(blocks, workers.ordered(differentiate, blocks), strict=True):
+            for total, level_shares in zip(sums[n] if sums else (), shares, strict=True):
+                for share in level_shares:
+                    total[share.at] += share.sums
+
+    with _team(g, dtype) as workers:
+        numbers = g.pixels * g.groups * g.group_channels  # of an image
+        for images in batches(g.batch, 12 * numbers):
+            blocks = _blocks(g, images)
+            pixels: Images = {}
+            sums: Images = {}
+            sum_type = sums_of(len(blocks) // len(images), dtype)
+            if grad_places is not None or grad_weights is not None:
+                pixels = _padded(g, workers, image, levels, images, dtype)
+            if grad_image is not None:
+                if pixels and sum_type == np.float64 and 4 * numbers > HELD:
+                    accumulate()
+                    pixels = {}  # for the sums to take their place
+                sums = {n: [_zeros(g, level, sum_type) for level in levels] for n in images}
+            accumulate()
+            if grad_image is not None:
+                _store(g, workers, levels, grad_image, sums)
+
+
+def _team(g: Geometry, dtype: type) -> Any:
+    size = g.batch * math.prod(g.queries) * g.groups * g.levels * g.points * g.group_channels * np.dtype(dtype).itemsize
+    return team(size, _CHUNK // 2 + (2 << 20) * g.levels)
+
+
+def _blocks(g: Geometry, images: range) -> list[Block]:
+    """Some rows of queries, or part of one row."""
+    height, width = g.queries
+    queries = max(1, _CHUNK // (g.groups * g.points * (4 * g.group_channels + 128)))
+    down, across = max(1, queries // width), min(width, queries)
+    return [
+        (n, slice(y, min(y + down, height)), slice(x, min(x + across, width)))
+        for n, y, x in itertools.product(images, range(0, height, down), range(0, width, across))
+    ]
+
+
+def _padded(g: Geometry, workers: Team, image: np.ndarray, levels: list[Level], images: range, dtype: type) -> Images:
+    planes = _planes(g, image, levels, images)
+    pixels = padded(workers, [plane.reshape(*plane.shape[:2], -1) for plane in planes], dtype)
+    rows = [p.reshape(-1, g.group_channels) for p in pixels]
+    return {n: rows[i * len(levels) : (i + 1) * len(levels)] for i, n in enumerate(images)}
+
+
+def _zeros(g: Geometry, level: Level, dtype: type) -> np.ndarray:
+    return zeros(level.height, level.width, g.groups * g.group_channels, dtype).reshape(-1, g.group_channels)
+
+
+def _interiors(g: Geometry, levels: list[Level], images: Images) -> list[np.ndarray]:
+    """(H, W, groups, D) of each level of each image, views."""
+    return [
+        interior(pixels, level.height, level.width).reshape(level.height, level.width, g.groups, -1)
+        for image in images.values()
+        for level, pixels in zip(levels, image, strict=True)
+    ]
+
+
+def _planes(g: Geometry, image: np.ndarray, levels: list[Level], images: range) -> list[np.ndarray]:
+    """The same of (N, ..., groups, D)."""
+    return [g.plane(image[n], level) for n in images for level in levels]
+
+
+def _store(g: Geometry, workers: Team, levels: list[Level], grad_image: np.ndarray, sums: Images) -> None:
+    """The levels' gradients, in one image; 0 in the pixels of none, and rounded once where levels overlap."""
+    spans = sorted((level.first, level.first + level.height * level.width) for level in levels)
+    if any(end > first for (_, end), (first, _) in itertools.pairwise(spans)):
+        for n, totals in sums.items():
+            image = np.zeros(grad_image.shape[1:])
+            for level, total in zip(levels, _interiors(g, levels, {n: totals}), strict=True):
                 plane = g.plane(image, level)
-                grad = unpadded(total, level.height, level.width).transpose(1, 2, 0)
-                plane[...] = plane + grad.reshape(plane.shape)
-
-    _in_pieces(g, differentiate)
-
-
-class _Samples:
-    """Of some groups of one image: R rows, each a query of a group, of L levels of P points."""
-
-    def __init__(self, g: Geometry, tensors: Any, levels: list[Level], n: int, groups: slice) -> None:
-        image, places, weights = g.parts(*tensors)
-        self.g, self.levels, self.groups = g, levels, groups.stop - groups.start
-        self.dtype = arithmetic(image)
-        self._places, self._weights = places[n, :, :, groups], weights[n, :, :, groups]
-        planes = [g.plane(image[n, ..., groups, :], level) for level in levels]
-        self.pixels = [self._padded(plane.reshape(*plane.shape[:2], -1)) for plane in planes]
-
-    def _padded(self, plane: np.ndarray) -> np.ndarray:
-        """(pixels * groups, D)"""
-        return padded(plane.transpose(2, 0, 1), self.dtype).reshape(-1, self.g.group_channels)
-
-    def chunks(self) -> Iterator[slice]:
-        """Rows of queries."""
-        height, width = self.g.queries
-        step = max(1, _CHUNK // (width * self.groups * self.g.points))
-        return (slice(row, min(row + step, height)) for row in range(0, height, step))
-
-    def weights(self, rows: slice) -> np.ndarray:
-        """(R, L, P)"""
-        weights = self._weights[rows].astype(self.dtype, copy=False).reshape(-1, self.g.levels, self.g.points)
-        if not self.g.softmax:
-            return weights
-        exponentials = np.exp(weights - weights.max((1, 2), keepdims=True))
-        return exponentials / exponentials.sum((1, 2), keepdims=True)
-
-    def sampler(self, rows: slice, index: int) -> Sampler:
-        """Of the samples in one level; each row of its matrices sums P."""
-        g, level = self.g, self.levels[index]
-        xy = self._places[rows, :, :, index]
-        places = np.empty((2, *xy.shape[:-1]), self.dtype)
-        for axis in (0, 1):
-            np.multiply(xy[..., 1 - axis], self.dtype(g.scale(level)[axis]), out=places[axis])
-            places[axis] += g.origin(axis, rows, self.dtype)
-        first = g.points * np.arange(places[0].size // g.points + 1)
-        return Sampler(places, level.height, level.width, first, self.groups)
+                plane += total
+            grad_image[n] = image
+    else:
+        images = range(min(sums), max(sums) + 1)
+        grad_image[images.start : images.stop] = 0
+        workers.copy(zip(_planes(g, grad_image, levels, images), _interiors(g, levels, sums), strict=True))
 
 
-def _in_pieces(g: Geometry, work: Callable[[int, slice], None]) -> None:
-    """Whole images, or as many parts of each as give every thread one."""
-    parts = min(g.groups, -(-threads() // g.batch))
-    bounds = [g.groups * part // parts for part in range(parts + 1)]
-    items = [(n, slice(*groups)) for n in range(g.batch) for groups in itertools.pairwise(bounds)]
+def _weights(g: Geometry, weights: np.ndarray, dtype: type) -> np.ndarray:
+    """(queries * groups, L, P)"""
+    weights = weights.astype(dtype, copy=False).reshape(-1, g.levels, g.points)
+    if not g.softmax:
+        return weights
+    exponentials = np.exp(weights - weights.max((1, 2), keepdims=True))
+    return exponentials / exponentials.sum((1, 2), keepdims=True)
 
-    def quietly(item: tuple[int, slice]) -> None:
-        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity pass through, as in the kernels
-            work(*item)
 
-    size = g.batch * math.prod(g.queries) * g.groups * g.levels * g.points * g.group_channels * 4
-    for _ in ordered(quietly, items, size):
-        pass
+def _sampler(g: Geometry, level: Level, index: int, places: np.ndarray, factors: np.ndarray, block: Block) -> Sampler:
+    """Of a block's samples in one level; each row sums those of a query and group."""
+    n, rows, columns = block
+    xy, dtype = places[n, rows, columns, :, index], factors.dtype.type
+    positions = np.empty((2, *xy.shape[:-1]), dtype)
+    for axis in (0, 1):
+        np.multiply(xy[..., 1 - axis], dtype(g.scale(level)[axis]), out=positions[axis])
+        origin = np.asarray(g.origin(axis, rows, dtype))
+        positions[axis] += origin[columns] if axis == 1 and origin.ndim else origin
+    return Sampler(positions, level.height, level.width, factors[:, index], g.points, g.groups)

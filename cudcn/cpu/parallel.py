@@ -2,44 +2,140 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import contextvars
 import ctypes
 import functools
+import math
 import os
+import pathlib
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 
+SCRATCH = 40 << 20  # bytes that all pieces worked on at a time may need
+HELD = 16 << 20  # bytes that images held at a time may take, if they are more than one
+_STRIP = 1 << 20  # bytes copied at a time
 _WORTH_A_THREAD = 512 << 10  # bytes; starting a thread takes as long as some 100 KB of columns
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_limit: contextvars.ContextVar[int] = contextvars.ContextVar("limit")
+
+
+@contextlib.contextmanager
+def limit(count: int) -> Iterator[None]:
+    """At most `count` threads for what this thread calls meanwhile, unless CUDCN_NUM_THREADS is set."""
+    token = _limit.set(count)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
 
 def threads() -> int:
-    """CUDCN_NUM_THREADS, or the cores that this process may use."""
+    """CUDCN_NUM_THREADS; else the cores that this process may use, or OMP_NUM_THREADS or a `limit` below that."""
     if wanted := os.environ.get("CUDCN_NUM_THREADS"):
         if not wanted.isdecimal() or int(wanted) < 1:
             raise ValueError(f"CUDCN_NUM_THREADS must be a positive number, got {wanted!r}")
         return int(wanted)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    openmp = re.match(r"\s*0*([1-9]\d*)", os.environ.get("OMP_NUM_THREADS", ""))  # of a list, the outermost level's
+    return int(min(cores, _quota(), int(openmp[1]) if openmp else cores, _limit.get(cores)))
+
+
+@functools.cache
+def _quota(root: str = "/") -> float:
+    """The cores' worth of time that this process's control groups leave it, rounded up."""
+    quotas = [math.inf]
+    for line in _read(pathlib.Path(root, "proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = pathlib.Path(root, "sys/fs/cgroup", "cpu" if controllers else "")
+        group = mount / path.lstrip("/")
+        for place in (group, *group.parents[: len(group.parts) - len(mount.parts)]):
+            if controllers:  # version 1
+                limits = [_read(place / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+            else:
+                limits = _read(place / "cpu.max").split()
+            if len(limits) == 2 and all(limit.strip().isdecimal() for limit in limits):  # else "max", -1, or no file
+                quotas.append(max(1, math.ceil(int(limits[0]) / int(limits[1]))))
+    return min(quotas)
+
+
+def _read(path: pathlib.Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+class Team:
+    """Threads that work on one piece after another."""
+
+    def __init__(self, workers: int, executor: ThreadPoolExecutor | None) -> None:
+        self._workers, self._executor = workers, executor
+
+    def ordered(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """The results of `work`, in the items' order, so that what is summed from them is always the same."""
+
+        @np.errstate(all="ignore")  # NaN and infinity pass through, as in the kernels
+        def quietly(item: Item) -> Result:
+            return work(item)
+
+        if self._executor is None:
+            yield from map(quietly, items)
+            return
+        pending: collections.deque[Future[Result]] = collections.deque()
+        for item in items:
+            if len(pending) == 2 * self._workers:  # results that wait take memory too
+                yield pending.popleft().result()
+            pending.append(self._executor.submit(quietly, item))
+        while pending:
+            yield pending.popleft().result()
+
+    def copy(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Each pair's second array into its first, some rows at a time."""
+        strips = []
+        for target, source in pairs:
+            step = max(1, _STRIP * len(source) // max(1, source.nbytes))
+            rows = (slice(row, row + step) for row in range(0, len(source), step))
+            strips += [(target[row], source[row]) for row in rows]
+        for _ in self.ordered(lambda strip: np.copyto(*strip, casting="unsafe"), strips):
+            pass
+
+
+@contextlib.contextmanager
+def team(size: int, scratch: int = 0) -> Iterator[Team]:
+    """For pieces that are worked on in `scratch` bytes each, and in `size` bytes all together.
+
+    It lives for one call, so no thread is left behind for a fork to break.
+    """
+    workers = min(threads(), 1 + size // _WORTH_A_THREAD, max(1, SCRATCH // max(1, scratch)))
+    with single_threaded_blas():
+        if workers == 1:
+            yield Team(1, None)
+        else:
+            with ThreadPoolExecutor(workers) as executor:
+                yield Team(workers, executor)
 
 
 def ordered(work: Callable[[Item], Result], items: Sequence[Item], size: int) -> Iterable[Result]:
-    """The results of `work`, in the items' order, so that what is summed from them is always the same.
+    """What a `team` of its own makes of the items, which are `size` bytes of work."""
+    with team(size if len(items) > 1 else 0) as workers:
+        yield from workers.ordered(work, items)
 
-    `size` is the bytes of all the work. The pool lives for one call, so none is left behind for a fork to break.
-    """
-    workers = min(threads(), len(items), 1 + size // _WORTH_A_THREAD)
-    if workers == 1:
-        yield from map(work, items)
-        return
-    with single_threaded_blas(), ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(work, items)
+
+def batches(images: int, size: int) -> Iterator[range]:
+    """The images to hold at a time, of `size` bytes each."""
+    step = max(1, HELD // max(1, size))
+    return (range(n, min(n + step, images)) for n in range(0, images, step))
 
 
 @functools.cache
@@ -82,6 +178,20 @@ def single_threaded_blas() -> Iterator[None]:
             _users -= 1
             if _users == 0:
                 set_(_restored)
+
+
+def _in_child() -> None:
+    """After a fork nobody but this thread is left, to use BLAS or to hold the lock."""
+    global _users
+    blas = _openblas()
+    if blas is not None and _users:
+        _users = 0
+        blas[1](_restored)
+    _lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_in_child)
 
 
 def blocks(pixels: int, images: int, bytes_per_pixel: int, most: int = 8 << 20) -> list[tuple[int, slice]]:

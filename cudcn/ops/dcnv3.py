@@ -39,9 +39,11 @@ def dcnv3(
 
     where (cy, cx) = dilation * (kernel_size - 1) // 2 is the window's middle, and g stands for the group's
     C // group channels. Taps are numbered along the height first: tap i * kh + j is column i, row j.
-    Outside the image the input counts as 0, so a sample fades out over one pixel beyond the border: it is 0 where
-    py <= -1 or py >= H (px alike), and where the offset is NaN or infinite, which also gets no gradient. The
-    gradient of a position is the slope of the cell [floor(p), floor(p) + 1], at whole numbers too.
+    Outside the image the input counts as 0, so a sample fades out over one pixel beyond the border. Where py <= -1
+    or py >= H (px alike), or the offset is NaN or infinite, it is left out: it adds nothing and gets no gradient,
+    even if its mask or grad_output is NaN. Any other sample takes all four pixels around it, so that a NaN counts at
+    weight 0 too. The gradient of a position is the slope of the cell [floor(p), floor(p) + 1], at whole numbers too,
+    among them -1.
 
     Args:
         input: (N, H, W, C); float16, bfloat16, float32 or float64.
@@ -55,7 +57,8 @@ def dcnv3(
         group: into how many groups the channels are split, each with its own offsets and mask.
         offset_scale: stretches the window, offsets included, about its middle.
         remove_center: leaves out the middle tap; for square kernels of odd size above 1.
-        softmax: take `mask` as logits, and normalise them over the taps.
+        softmax: take `mask` as logits, and normalise them over the taps, of samples that are left out too. A NaN
+            makes its group of the output pixel NaN, unless all samples are left out.
 
     All tensors have one dtype, but beside half-precision data offset and mask may be float32. Positions, weights
     and sums are float32 for half types (float64 for float64).

@@ -29,7 +29,7 @@ def dcnv4(
 ) -> Any:
     """Deformable convolution v4: `dcnv3` with offsets and weights in one tensor, and weights of any size.
 
-    The formula, the order of the taps, the borders and the attributes are those of `dcnv3`.
+    The formula, the order of the taps, the borders, what NaN does and the attributes are those of `dcnv3`.
 
     Args:
         input: (N, H, W, C); float16, bfloat16, float32 or float64.

@@ -35,9 +35,11 @@ def deform_conv2d(
         px = x * stride_w - left + j * dilation_w + dx[n, g, i, j, y, x]
 
     where g is the offset group of channel c. Outside the image the input counts as 0, so a sample fades out
-    over one pixel beyond the border: it is 0 where py <= -1 or py >= H (px alike), and where the offset is NaN
-    or infinite, which also gets no gradient. The gradient of a position is the slope of the cell
-    [floor(p), floor(p) + 1], at whole numbers too.
+    over one pixel beyond the border. Where py <= -1 or py >= H (px alike), or the offset is NaN or infinite, it is
+    left out: it adds nothing and gets no gradient, even if its mask or grad_output is NaN. (The weight's gradient
+    is a matrix product, and 0 times NaN is NaN there.) Any other sample takes all four pixels around it, so that a
+    NaN counts at weight 0 too. The gradient of a position is the slope of the cell [floor(p), floor(p) + 1], at
+    whole numbers too, among them -1.
 
     Args:
         input: (N, C_in, H, W); float16, bfloat16, float32 or float64.

@@ -29,8 +29,10 @@ def ms_deform_attn(
 
     with (x, y) = sampling_locations[n, q, m, l, p] and level l = pixels level_start_index[l] and following,
     H_l * W_l of them, row by row; m stands for head m's D channels. Outside a level its value counts as 0, so a
-    sample fades out over one pixel beyond the border, and is 0 where a location is NaN or infinite, which also
-    gets no gradient. The gradient of a position is the slope of the cell [floor(p), floor(p) + 1].
+    sample fades out over one pixel beyond the border. Where a position p, in pixels, is <= -1 or >= the level's
+    size, NaN or infinite, it is left out: it adds nothing and gets no gradient, even if its weight or grad_output
+    is NaN. Any other sample takes all four pixels around it, so that a NaN counts at weight 0 too. The gradient of
+    a position is the slope of the cell [floor(p), floor(p) + 1], at whole numbers too, among them -1.
 
     Args:
         value: (N, S, M, D), the pixels of all levels, for M heads; float16, bfloat16, float32 or float64.
@@ -39,7 +41,8 @@ def ms_deform_attn(
         sampling_locations: (N, Q, M, L, P, 2), (x, y) in parts of the level's width and height: (0, 0) is the
             upper left edge of its first pixel, (1, 1) the lower right edge of its last.
         attention_weights: (N, Q, M, L, P).
-        softmax: take `attention_weights` as logits, and normalise them over all levels and points.
+        softmax: take `attention_weights` as logits, and normalise them over all levels and points, of samples that
+            are left out too. A NaN makes its head of the query NaN, unless all samples are left out.
 
     The floating tensors have one dtype, but beside half-precision data sampling_locations and attention_weights may
     be float32. Positions, weights and sums are float32 for half types (float64 for float64).
