@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tracemalloc
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from aggregate_cases import Attention, DCNv3, DCNv4
 from deform_conv2d_cases import DeformConv2d
-from operator_case import Case
+from operator_case import Case, widened
 
 import cudcn
+from cudcn.cpu import sampling
 
 NAN, INF = np.nan, np.inf
 
@@ -232,7 +234,10 @@ TENTH = np.float32(0.1)  # equal terms: the rounding of a running sum goes the s
 
 @every_operator
 @pytest.mark.parametrize("line", [False, True], ids=["pixel", "row"])
-def test_many_samples_of_one_pixel(operator: type[OneSample], line: bool) -> None:
+def test_many_samples_of_one_pixel(operator: type[OneSample], line: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one block, and of many."""
+    module = importlib.import_module(f"cudcn.ops.{operator.name}").OP.cpu
+    monkeypatch.setattr(module, "_BLOCK" if operator is Convolution else "_CHUNK", 1 << 17)
     side = 1024  # a power of two, for ms_deform_attn's positions to be exact
     y, x = np.mgrid[:side, :side].reshape(2, -1)
     where = np.stack([0 * y + 3, x if line else 0 * x + 5], axis=-1)
@@ -408,3 +413,46 @@ def test_no_warnings(case: Case, threads: str, monkeypatch: pytest.MonkeyPatch) 
                 tensor.ravel()[::7] = value
         case.forward(tensors)
         case.backward(tensors, np.full(case.output_shape(), value, tensors[next(iter(tensors))].dtype))
+
+
+WAYS = {
+    "many blocks": {"_FEW": 0, "_BLOCK": 1, "_CHUNK": 20000},
+    "pixels and sums in turn": {"_FEW": 0, "HELD": 0},
+    "some channels at a time": {"_SHARE": 1 << 14},
+    "heaps of samples": {"_RUN": 8},
+    "few queries": {"_CHUNK": 1},
+}
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("operator", ["deform_conv2d", "dcnv3", "ms_deform_attn"])
+def test_every_way_to_sum(operator: str, way: str, far: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    reach = 30.0 if far else 1.0
+    cases: dict[str, Case] = {
+        "deform_conv2d": DeformConv2d("ways", 2, 6, (24, 40), 4, groups=2, offset_groups=3, reach=reach),
+        "dcnv3": DCNv3("ways", 2, 12, (9, 80), group=2, reach=reach),
+        "ms_deform_attn": Attention("ways", 1, 40, 2, 6, ((20, 30), (3, 4)), 40),
+    }
+    case = cases[operator]
+    grad_output = case.grad_output("float32")
+    smooth = case.smooth(dict(case.tensors()))  # float32 and float64 are in the same cells
+    tensors = {name: t if t.dtype.kind == "i" else t.astype(np.float32) for name, t in smooth.items()}
+    want = {"out": case.forward(widened(tensors)), **case.backward(widened(tensors), grad_output.astype(np.float64))}
+    for name, value in WAYS[way].items():
+        for module in (sampling, case.op.cpu):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    got = {"out": case.forward(tensors), **case.backward(tensors, grad_output)}
+    for name, array in want.items():
+        if array is not None:
+            case.close(got[name], array, "float32")
+
+
+def test_arrays_of_any_strides() -> None:
+    case = DeformConv2d("strides", 2, 6, (9, 8), 4, groups=2, offset_groups=3)
+    tensors, grad_output = case.tensors("float32"), case.grad_output("float32")
+    strided = {name: np.repeat(t, 2, axis=-1)[..., ::2] for name, t in tensors.items()}
+    assert np.array_equal(case.forward(strided), case.forward(tensors))
+    grads = case.backward(strided, np.repeat(grad_output, 2, axis=-1)[..., ::2])
+    assert all(np.array_equal(grads[n], grad) for n, grad in case.backward(tensors, grad_output).items())
