@@ -194,7 +194,7 @@ def _sampler(g: Geometry, offset: np.ndarray, mask: Any, block: Block, group: in
         places[axis] = first[:, None] + tap[axis] * g.dilation[axis]
     shift: np.ndarray = _taps(g, offset[n], group, 2)[:, :, part].astype(dtype, copy=False)
     places += shift.transpose(1, 2, 0)
-    modulation = None if mask is None else _taps(g, mask[n], group, 1)[:, 0, part].T.astype(dtype, copy=False)
+    modulation: Any = None if mask is None else _taps(g, mask[n], group, 1)[:, 0, part].T.astype(dtype, copy=False)
     return Sampler(places, g.height, g.width, modulation)
 
 

@@ -105,7 +105,7 @@ class Sampler:
         top *= index(columns)
         left *= index(planes)
         top += left
-        shift = np.arange(planes, dtype=index)[:, None] + index(_BORDER * (columns + planes) - first * columns)
+        shift: np.ndarray = (np.arange(planes)[:, None] + (_BORDER * (columns + planes) - first * columns)).astype(index)
         top_left = (top.reshape(-1, planes, places.shape[-1]) + shift).ravel()
         self._corners = np.empty((top_left.size, 4), index)
         for corner, step in enumerate((0, planes, columns, columns + planes)):
