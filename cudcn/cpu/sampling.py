@@ -105,8 +105,8 @@ class Sampler:
         top *= index(columns)
         left *= index(planes)
         top += left
-        shift: np.ndarray = (np.arange(planes)[:, None] + (_BORDER * (columns + planes) - first * columns)).astype(index)
-        top_left = (top.reshape(-1, planes, places.shape[-1]) + shift).ravel()
+        shift: np.ndarray = np.arange(planes)[:, None] + _BORDER * (columns + planes) - first * columns
+        top_left = (top.reshape(-1, planes, places.shape[-1]) + shift.astype(index)).ravel()
         self._corners = np.empty((top_left.size, 4), index)
         for corner, step in enumerate((0, planes, columns, columns + planes)):
             np.add(top_left, index(step), out=self._corners[:, corner])
