@@ -8,28 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-SOURCES = Path(__file__).resolve().parent / "kernels_cu"
-if not SOURCES.is_dir():  # an editable install, or a checkout
-    SOURCES = Path(__file__).resolve().parent.parent / "kernels_cu"
+from . import sources
 
 CTYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float", "float64": "double"}
 WORKSPACE = 64 << 20  # bytes of scratch memory for one call, unless a single image needs more
 LARGEST_GRID = 2**31 - 1
 
 
-def layout(*parts: tuple[str, type]) -> np.dtype:
-    """Of a C++ struct: names of fields, in one string, and their type."""
-    return np.dtype([(name, dtype) for names, dtype in parts for name in names.split()], align=True)
-
-
-_STRIDES = layout(("n c y x", np.int64))
+_STRIDES = sources.Struct("bilinear.cuh", "Strides")
 
 
 class Kernel(NamedTuple):
@@ -56,21 +47,12 @@ def addressable(array: Any) -> Any:
 
 def strides(array: Any) -> np.ndarray:
     """`Strides` of bilinear.cuh: element strides of an (N, C, H, W) view, or zeros for None."""
-    steps = (0, 0, 0, 0) if array is None else tuple(s // array.itemsize for s in array.strides)
-    return np.array(steps, _STRIDES)
-
-
-@functools.cache
-def sources_hash() -> str:
-    """Of every file in kernels_cu/: CuPy's own cache key does not cover the headers that a source includes."""
-    digest = hashlib.sha256()
-    for path in sorted(SOURCES.glob("*.cu*")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+    n, c, y, x = (0, 0, 0, 0) if array is None else (s // array.itemsize for s in array.strides)
+    return _STRIDES(n=n, c=c, y=y, x=x)
 
 
 def compile_options() -> tuple[str, ...]:
-    return ("-std=c++17", f"-I{SOURCES}", f"-DCUDCN_SOURCES={sources_hash()}")
+    return ("-std=c++17", f"-I{sources.FOLDER}", f"-DCUDCN_SOURCES={sources.digest()}")
 
 
 class _Cuda:
@@ -123,7 +105,7 @@ class _Cuda:
 def _compiled(kernel: Kernel, device: int) -> Any:
     import cupy
 
-    code = (SOURCES / f"{kernel.source}.cu").read_text()
+    code = sources.text(kernel.source)
     module = cupy.RawModule(code=code, options=compile_options(), name_expressions=[kernel.expression])
     return module.get_function(kernel.expression)
 
@@ -143,7 +125,7 @@ class _Emulated:
         np.matmul(a.astype(out.dtype), b.astype(out.dtype), out=out)
 
     def launch(self, kernel: Kernel, grid: int, block: tuple[int, int], *args: Any) -> None:
-        compiled = self._emulator.kernel(SOURCES / f"{kernel.source}.cu", kernel.expression)
+        compiled = self._emulator.kernel(sources.path(kernel.source), kernel.expression)
         compiled((grid,), block, args)
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from . import sources
 from .cuda import aggregate, deform_conv2d, pooling
-from .launch import SOURCES, Kernel, compile_options
+from .launch import Kernel, compile_options
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 
@@ -108,7 +109,7 @@ def table(architectures: Sequence[str], report: Callable[[str], object]) -> str:
         compiled = []
         for architecture in architectures:
             report(f"{source}.cu for {architecture}: {len(expressions)} kernels")
-            compiled.append(compile_kernels(SOURCES / f"{source}.cu", expressions, architecture))
+            compiled.append(compile_kernels(sources.path(source), expressions, architecture))
         for expression in expressions:
             cells = (_cell(resources[expression]) for resources in compiled)
             rows.append(f"| `{expression}` | " + " | ".join(cells) + " |")

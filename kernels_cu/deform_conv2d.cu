@@ -13,6 +13,8 @@
 // number there, ptxas aims at full occupancy and spills.
 #include "bilinear.cuh"
 
+constexpr int THREADS = 256;
+
 struct Convolution {
   int height, width, out_height, out_width;
   int kernel_w, taps, stride_h, stride_w, top, left, dilation_h, dilation_w;
@@ -77,7 +79,7 @@ template <bool CHANNELS_LAST> struct Place {
 
 // Each thread owns its elements of `columns`.
 template <typename T, typename O, typename M, bool CHANNELS_LAST>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(THREADS, 2)
 deform_conv2d_sample(const T *__restrict__ input, Strides input_strides, const O *__restrict__ offset,
                      Strides offset_strides, const M *__restrict__ mask, Strides mask_strides,
                      T *__restrict__ columns, Convolution p) {
@@ -96,7 +98,7 @@ deform_conv2d_sample(const T *__restrict__ input, Strides input_strides, const O
 
 // Scatters the columns' gradient. `grad_input` holds sums in A and starts as zeros.
 template <typename T, typename O, typename M, bool CHANNELS_LAST>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(THREADS, 2)
 deform_conv2d_backward_input(const arithmetic_t<T> *__restrict__ grad_columns, const O *__restrict__ offset,
                              Strides offset_strides, const M *__restrict__ mask, Strides mask_strides,
                              arithmetic_t<T> *__restrict__ grad_input, Strides grad_input_strides, Convolution p) {
@@ -121,7 +123,7 @@ deform_conv2d_backward_input(const arithmetic_t<T> *__restrict__ grad_columns, c
 // group. Planar: a thread owns a sample. Interleaved: the blockDim.x lanes (a power of two up to 32) share one, and
 // all lanes of a warp stay for the shuffles. A null `grad_offset` or `grad_mask` is not wanted.
 template <typename T, typename O, typename M, bool CHANNELS_LAST>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(THREADS, 2)
 deform_conv2d_backward_offset(const arithmetic_t<T> *__restrict__ grad_columns, const T *__restrict__ input,
                               Strides input_strides, const O *__restrict__ offset, Strides offset_strides,
                               const M *__restrict__ mask, Strides mask_strides, O *__restrict__ grad_offset,
@@ -168,11 +170,11 @@ struct Pixels {
 // for every tile of pixels, summands * blockDim.y of them, and blockDim.x channels, and leaves its sums in row `tile` of
 // `sums` (tiles, channels); the second, with one tile, sums those. A thread sums few enough numbers in T's own type of
 // sums to lose nothing, the rest is done in double: float32 sums of millions of pixels would stand still.
-// Grid: x = (tile of pixels, tile of channels), channels fastest. Block: (channels, pixels), 256 threads.
+// Grid: x = (tile of pixels, tile of channels), channels fastest. Block: (channels, pixels).
 template <typename T, typename S>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(THREADS)
 deform_conv2d_backward_bias(const T *__restrict__ grad_output, Strides strides, S *__restrict__ sums, Pixels p) {
-  SMEM(double, partial, [256]);
+  SMEM(double, partial, [THREADS]);
   const int channel_tiles = (p.channels + int(blockDim.x) - 1) / int(blockDim.x);
   const int tile = int(blockIdx.x) / channel_tiles;
   const int channel = int(blockIdx.x) % channel_tiles * int(blockDim.x) + int(threadIdx.x);

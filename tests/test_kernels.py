@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cudcn import launch, nvrtc
+from cudcn import launch, nvrtc, sources
 from cudcn.__main__ import main
 
 pytest.importorskip("cupy")
@@ -23,7 +23,7 @@ TEST_KERNELS = Path(__file__).parent / "kernels"
 @pytest.mark.parametrize("source", SOURCES)
 def test_compiles_without_spills_or_stack(source: str, architecture: str) -> None:
     expressions = [k.expression for k in nvrtc.kernels() if k.source == source]
-    resources = nvrtc.compile_kernels(launch.SOURCES / f"{source}.cu", expressions, architecture)
+    resources = nvrtc.compile_kernels(sources.path(source), expressions, architecture)
     assert set(resources) == set(expressions)
     for expression, used in resources.items():
         assert (used.stack, used.spills) == (0, 0), expression
@@ -32,7 +32,7 @@ def test_compiles_without_spills_or_stack(source: str, architecture: str) -> Non
 
 
 def test_every_source_is_in_the_list() -> None:
-    assert sorted(path.stem for path in launch.SOURCES.glob("*.cu")) == SOURCES
+    assert sorted(path.stem for path in sources.FOLDER.glob("*.cu")) == SOURCES
 
 
 @pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
@@ -66,14 +66,14 @@ def test_an_error_shows_the_log(tmp_path: Path) -> None:
 
 def test_a_changed_header_changes_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CuPy's cache key covers the options, not the headers: an old kernel must not run after an edit."""
-    for path in launch.SOURCES.glob("*.cu*"):
+    for path in sources.FOLDER.glob("*.cu*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(launch, "SOURCES", tmp_path)
-    before = launch.sources_hash.__wrapped__()
+    monkeypatch.setattr(sources, "FOLDER", tmp_path)
+    before = sources.digest.__wrapped__()
     header = tmp_path / "bilinear.cuh"
     header.write_text(header.read_text() + "\n")
-    assert launch.sources_hash.__wrapped__() != before
-    assert any(launch.sources_hash() in option for option in launch.compile_options())
+    assert sources.digest.__wrapped__() != before
+    assert any(sources.digest() in option for option in launch.compile_options())
 
 
 def test_the_table_can_be_printed() -> None:

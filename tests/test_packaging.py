@@ -135,9 +135,9 @@ def test_the_wheel_works_where_it_is_installed(built: Path, tmp_path: Path) -> N
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
-import numpy as np, cudcn, cudcn.launch
+import numpy as np, cudcn, cudcn.sources
 assert cudcn.__file__.startswith({str(tmp_path)!r}), cudcn.__file__
-assert (cudcn.launch.SOURCES / "deform_conv2d.cu").exists() and cudcn.launch.SOURCES.parent.name == "cudcn"
+assert cudcn.sources.path("deform_conv2d").exists() and cudcn.sources.FOLDER.parent.name == "cudcn"
 import os
 x, w = np.ones((1, 1, 3, 3)), np.ones((1, 1, 1, 1))
 for os.environ["CUDCN_DEVICE"] in {devices}:

@@ -12,25 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import launch
+from .. import launch, sources
 from ..check import LARGEST, arithmetic
-from ..launch import CTYPES, Kernel, address, ctype, layout
+from ..launch import CTYPES, Kernel, address, ctype
 
 if TYPE_CHECKING:
     from ..ops.aggregate import Geometry
 
-_THREADS = 128
-
-
-_AGGREGATE = layout(
-    ("places_query places_group weights_query weights_group weights_first", np.int64),
-    ("images height width pixels groups channels samples softmax packed", np.int32),
-)
-_INTEGERS = "height width kernel_h left_out stride_h stride_w top left dilation_h dilation_w center_h center_w"
-_TAPS: dict[type, np.dtype] = {
-    dtype: layout(("scale", dtype), (_INTEGERS, np.int32)) for dtype in (np.float32, np.float64)
+_THREADS = sources.constant("aggregate", "THREADS")
+_AGGREGATE = sources.Struct("aggregate", "Aggregate")
+_TAPS: dict[type, sources.Struct] = {
+    dtype: sources.Struct("aggregate", "Taps", A=dtype) for dtype in (np.float32, np.float64)
 }
-_LEVELS = layout(("points pixels", np.int32))
+_LEVELS = sources.Struct("aggregate", "Levels")
 
 
 def kernels() -> list[Kernel]:
@@ -117,16 +111,23 @@ class _Call:
         )
 
     def _aggregate(self) -> np.ndarray:
-        """The kernels' struct of that name."""
         g = self.g
         samples = g.levels * g.points
         if g.packed:
             per_query, per_group = self.places.shape[-1], 3 * samples
-            steps = per_query, per_group, per_query, per_group, 2 * samples
+            steps = {
+                "places_query": per_query, "places_group": per_group,
+                "weights_query": per_query, "weights_group": per_group, "weights_first": 2 * samples,
+            }  # fmt: skip
         else:
-            steps = 2 * samples * g.groups, 2 * samples, samples * g.groups, samples, 0
-        sizes = g.batch, *g.queries, g.pixels, g.groups, g.group_channels, samples, g.softmax, g.packed
-        return np.array((*steps, *sizes), _AGGREGATE)
+            steps = {
+                "places_query": 2 * samples * g.groups, "places_group": 2 * samples,
+                "weights_query": samples * g.groups, "weights_group": samples, "weights_first": 0,
+            }  # fmt: skip
+        return _AGGREGATE(
+            **steps, images=g.batch, height=g.queries[0], width=g.queries[1], pixels=g.pixels, groups=g.groups,
+            channels=g.group_channels, samples=samples, softmax=g.softmax, packed=g.packed,
+        )  # fmt: skip
 
 
 def _vectors(itemsize: int) -> list[int]:
@@ -135,13 +136,16 @@ def _vectors(itemsize: int) -> list[int]:
 
 
 def _source(g: Any, dtype: type) -> np.ndarray:
-    """The kernels' struct `Levels` or `Taps`, which turns places into positions."""
+    """What turns places into positions."""
     if g.source == "Levels":
-        return np.array((g.points, g.pixels), _LEVELS)
-    left_out = g.points // 2 if g.remove_center else g.points
-    integers = g.height, g.width, g.kernel[0], left_out, *g.stride, *g.padding, *g.dilation, *g.center
+        return _LEVELS(points=g.points, pixels=g.pixels)
     with np.errstate(over="ignore"):  # a scale beyond float32 is infinite, as on the CPU
-        return np.array((g.offset_scale, *integers), _TAPS[dtype])
+        return _TAPS[dtype](
+            scale=g.offset_scale, height=g.height, width=g.width, kernel_h=g.kernel[0],
+            left_out=g.points // 2 if g.remove_center else g.points,
+            stride_h=g.stride[0], stride_w=g.stride[1], top=g.padding[0], left=g.padding[1],
+            dilation_h=g.dilation[0], dilation_w=g.dilation[1], center_h=g.center[0], center_w=g.center[1],
+        )  # fmt: skip
 
 
 def _kernel(name: str, data: str, places: str, source: str, vector: int) -> Kernel:

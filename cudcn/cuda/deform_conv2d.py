@@ -11,25 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import launch
+from .. import launch, sources
 from ..check import arithmetic
-from ..launch import CTYPES, Kernel, ctype, layout, strides
+from ..launch import CTYPES, Kernel, ctype, strides
 
 if TYPE_CHECKING:
     from ..ops.deform_conv2d import Geometry
 
-_THREADS = 256
+_THREADS = sources.constant("deform_conv2d", "THREADS")
 _SLAB = 16  # channels that share one thread's position and addresses
 _RUN = 1 << 14  # the most products of the weight's gradient that one matrix product sums in float32
 _SUMMANDS = 64  # of the bias's gradient that one thread sums in float32
-_CONVOLUTION = layout(
-    (
-        "height width out_height out_width kernel_w taps stride_h stride_w top left dilation_h dilation_w "
-        "channels_per_group channels_per_offset_group slab slabs_per_offset_group offset_groups images tiles",
-        np.int32,
-    )
-)
-_PIXELS = layout(("images channels height width summands", np.int32))
+_CONVOLUTION = sources.Struct("deform_conv2d", "Convolution")
+_PIXELS = sources.Struct("deform_conv2d", "Pixels")
 
 
 def kernels() -> list[Kernel]:
@@ -200,13 +194,14 @@ class _Columns:
             raise ValueError(
                 f"deform_conv2d: one image needs {grid} blocks of threads, CUDA takes {launch.LARGEST_GRID}"
             )
-        convolution = (
-            g.height, g.width, g.out_height, g.out_width, g.kernel[1], g.taps, *g.stride, *g.padding, *g.dilation,
-            self.group_channels, channels, slab, slabs, g.offset_groups, count, tiles,
+        convolution = _CONVOLUTION(
+            height=g.height, width=g.width, out_height=g.out_height, out_width=g.out_width,
+            kernel_w=g.kernel[1], taps=g.taps, stride_h=g.stride[0], stride_w=g.stride[1],
+            top=g.padding[0], left=g.padding[1], dilation_h=g.dilation[0], dilation_w=g.dilation[1],
+            channels_per_group=self.group_channels, channels_per_offset_group=channels,
+            slab=slab, slabs_per_offset_group=slabs, offset_groups=g.offset_groups, images=count, tiles=tiles,
         )  # fmt: skip
-        self.device.launch(
-            _kernel(name, self.types, self.last), grid, block, *args, np.array(convolution, _CONVOLUTION)
-        )
+        self.device.launch(_kernel(name, self.types, self.last), grid, block, *args, convolution)
 
 
 def _kernel(name: str, types: tuple[str, ...], last: bool) -> Kernel:
@@ -265,17 +260,19 @@ def _sum_pixels(device: Any, images: Any, sums: Any) -> None:
     """sums (C,) = those over all pixels of images (n, C, H, W): each thread block's own, and then over the blocks."""
     n, channels, height, width = images.shape
     last = images.strides[1] == images.itemsize
-    block = (32, 8) if last else (1, 256)  # channels, pixels
+    by_channel, by_pixel = (32, _THREADS // 32), (1, _THREADS)  # threads along channels, and along pixels
+    block = by_channel if last else by_pixel
     tiles = -(-n * height * width // (_SUMMANDS * block[1]))
     partial = device.empty((tiles, channels), np.float64)
 
     def add(images: Any, summands: int, block: tuple[int, int], tiles: int, sums: Any) -> None:
-        pixels = np.array((*images.shape, summands), _PIXELS)
+        n, channels, height, width = images.shape
+        pixels = _PIXELS(images=n, channels=channels, height=height, width=width, summands=summands)
         kernel = _pixel_sums(str(images.dtype), str(sums.dtype))
         device.launch(kernel, tiles * -(-channels // block[0]), block, images, strides(images), sums, pixels)
 
     add(images, _SUMMANDS, block, tiles, partial)
-    add(partial.T[None, :, None], tiles, (32, 8), 1, sums)
+    add(partial.T[None, :, None], tiles, by_channel, 1, sums)
 
 
 def _pixel_sums(dtype: str, sums: str) -> Kernel:

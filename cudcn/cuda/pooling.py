@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import launch
+from .. import launch, sources
 from ..check import arithmetic
-from ..launch import CTYPES, Kernel, layout, strides
+from ..launch import CTYPES, Kernel, strides
 
 if TYPE_CHECKING:
     from ..ops.pooling import Geometry
@@ -18,14 +18,7 @@ if TYPE_CHECKING:
 _THREADS = 256
 _SLAB = 32  # bytes of sums in one thread
 _LANES = 8  # threads that share a bin's channels, where neighbouring ones are on neighbouring bins
-_POOLING = layout(
-    ("spatial_scale offset_scale", np.float64),
-    (
-        "images height width rois rows columns group_rows group_columns part_rows part_columns "
-        "classes class_channels samples channels_last tiles slabs",
-        np.int32,
-    ),
-)
+_POOLING = sources.Struct("pooling", "Pooling")
 
 
 def kernels() -> list[Kernel]:
@@ -125,13 +118,16 @@ def _launch(device: Any, g: Geometry, name: str, input: Any, last: bool, lanes: 
     grid = tiles * slabs * g.classes
     if grid > launch.LARGEST_GRID:
         raise ValueError(f"{g.name}: {g.rois} rois need {grid} blocks of threads, CUDA takes {launch.LARGEST_GRID}")
-    pooling = (
-        g.spatial_scale, g.offset_scale, g.batch, g.height, g.width, g.rois, *g.output_size, *g.group_size,
-        *g.part_size, g.classes, channels, g.samples, last, tiles, slabs,
+    pooling = _POOLING(
+        spatial_scale=g.spatial_scale, offset_scale=g.offset_scale,
+        images=g.batch, height=g.height, width=g.width, rois=g.rois,
+        rows=g.output_size[0], columns=g.output_size[1], group_rows=g.group_size[0], group_columns=g.group_size[1],
+        part_rows=g.part_size[0], part_columns=g.part_size[1], classes=g.classes, class_channels=channels,
+        samples=g.samples, channels_last=last, tiles=tiles, slabs=slabs,
     )  # fmt: skip
     block = (lanes, bins) if last else (bins, lanes)
     kernel = _kernel(name, str(input.dtype), g.bins)
-    device.launch(kernel, grid, block, *args, np.array(pooling, _POOLING))
+    device.launch(kernel, grid, block, *args, pooling)
 
 
 def _kernel(name: str, dtype: str, kind: str) -> Kernel:
