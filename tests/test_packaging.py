@@ -32,9 +32,9 @@ KINDS = {".py", ".cu", ".cuh", ".h", ".cpp", ".typed"}
 IMPORT = """
 import json, sys, time
 import numpy, scipy.sparse
-before, start = set(sys.modules), time.perf_counter()
+before, start = set(sys.modules), time.process_time()
 import cudcn
-print(json.dumps([time.perf_counter() - start, sorted(set(sys.modules) - before)]))
+print(json.dumps([time.process_time() - start, sorted(set(sys.modules) - before)]))
 """
 
 
