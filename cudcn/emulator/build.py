@@ -18,6 +18,7 @@ from .errors import BuildError, EmulatorError
 from .launch import Kernel
 
 INCLUDE = Path(__file__).resolve().parent / "include"
+RUNTIME = INCLUDE.with_name("runtime")
 
 FLAGS = [
     "-std=c++17",
@@ -177,12 +178,13 @@ def _build_kernel(source: Path, expression: str, folders: list[Path], defines: t
 
 
 def _build_runtime(build: str) -> Path:
-    sources = sorted(INCLUDE.glob("*.cpp"))
+    sources = sorted(RUNTIME.glob("*.cpp"))
     if build != "check":
         sources = [path for path in sources if path.name not in CHECK_ONLY]
     flags = [*FLAGS, *RUNTIME_FLAGS[build], f"-I{INCLUDE}"]
     # The C library too: one home may serve several machines.
-    key = _digest(_compiler_version(_compiler()), *platform.libc_ver(), *flags, _folder_digest(INCLUDE))
+    files = _folder_digest(INCLUDE), _folder_digest(RUNTIME)
+    key = _digest(_compiler_version(_compiler()), *platform.libc_ver(), *flags, *files)
     library = cache_folder() / f"libcudcn_emulator_{build}_{key}.so"
     if not _is_cached(library):
         # One translation unit, since parsing the headers takes most of the time.

@@ -19,9 +19,8 @@ import numpy as np
 
 from cudcn import emulator
 from cudcn.emulator.launch import POINTER, VALUE
-from cudcn.launch import SOURCES
 
-FOLDERS = (SOURCES, Path(__file__).resolve().parent.parent / "kernels")
+FOLDERS = (sources.FOLDER, Path(__file__).resolve().parent.parent / "kernels")
 
 
 class _Launch(ctypes.Structure):

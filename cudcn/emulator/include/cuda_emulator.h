@@ -1,7 +1,7 @@
 // CUDA's device language for g++ (C++17, x86-64): what a .cu needs to compile and run on the CPU.
 //
 // The threads of a block run as cooperative fibers, one at a time, so that nothing here needs to be thread-safe;
-// see fibers.cpp for how they take turns. A kernel reaches this header through kernels_cu/platform.cuh.
+// see runtime/fibers.cpp for how they take turns. A kernel reaches this header through kernels_cu/platform.cuh.
 //
 // What a kernel must keep to:
 //   - SMEM() and DYN_SMEM() in place of __shared__;

@@ -1,4 +1,4 @@
-// What a kernel's library and the runtime (*.cpp) know of each other.
+// What a kernel's library and the runtime (runtime/*.cpp) know of each other.
 #pragma once
 
 EMULATOR_API extern uint3 threadIdx, blockIdx;
