@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from cudcn import emulator
+from cudcn import emulator, sources
 from cudcn.emulator.launch import POINTER, VALUE
 
 FOLDERS = (sources.FOLDER, Path(__file__).resolve().parent.parent / "kernels")
