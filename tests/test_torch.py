@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -28,6 +28,7 @@ from deform_conv2d_cases import IMAGES
 from operator_case import HALVES, Case, Tensors
 
 import cudcn
+from cudcn.cpu import parallel
 from cudcn.op import Op
 
 torch = pytest.importorskip("torch")
@@ -476,6 +477,32 @@ def test_autocast(case: Case) -> None:
 
 def test_refuses_a_missing_attribute() -> None:
     check_missing_attribute(cudcn.torch, to_torch)
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("torch_threads")
+@pytest.mark.parametrize("count", [1, 2])
+def test_as_many_threads_as_torch(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward; afterwards, and for other frameworks, the limit is gone."""
+    monkeypatch.delenv("CUDCN_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(7)), raising=False)
+    before, seen = parallel.threads(), []
+    for name in "forward", "backward":
+        original = getattr(Op, name)
+        monkeypatch.setattr(
+            Op, name, lambda *args, original=original: (seen.append(parallel.threads()), original(*args))[1]
+        )
+    torch.set_num_threads(count)
+    PLAIN.forward(tensors()).sum().backward()
+    assert seen == [min(count, before)] * 2
+    assert parallel.threads() == before
 
 
 def test_threads() -> None:

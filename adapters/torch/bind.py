@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from .. import dispatch
+from ..cpu import parallel
 from ..op import Op, by_position, spec, spread
 from .transforms import differentiable
 
@@ -157,10 +158,11 @@ def _unsupported(name: str, names: Iterable[str]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _arrays(first: torch.Tensor, *others: torch.Tensor | None) -> Any:
-    """NumPy or CuPy views of the tensors; CuPy works on torch's stream and memory meanwhile."""
+    """NumPy or CuPy views of the tensors; meanwhile torch's number of threads, stream and memory are ours too."""
     device = first.device
     if device.type == "cpu":
-        yield [None if t is None else _numpy_view(t) for t in (first, *others)]
+        with parallel.limit(torch.get_num_threads()):
+            yield [None if t is None else _numpy_view(t) for t in (first, *others)]
         return
     cupy = dispatch.cupy()
 
