@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -248,6 +249,34 @@ def test_memory_freed_on_another_stream_is_lost() -> None:
     owner.synchronize()
     with user, pytest.raises(runtime.CUDARuntimeError, match="is memory that has been freed"):
         z.get()
+
+
+@pytest.mark.usefixtures("fake")
+def test_memory_freed_by_one_thread_serves_what_runs_in_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cupy
+    from cupy.cuda import runtime
+
+    started, freed = threading.Event(), threading.Event()
+
+    def pause(*_: Any) -> None:
+        started.set()
+        assert freed.wait(30)
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    address = runtime.malloc(16)
+    with stream:
+        x = array_at(address)
+        x.fill(1)
+        stream.synchronize()
+        y = x + 1
+    _spy(monkeypatch, launches, "_run_cupy", pause)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(stream.synchronize)
+        assert started.wait(30)
+        runtime.free(address)
+        freed.set()
+        waiting.result()
+    assert (y.get() == 2).all()
 
 
 @pytest.mark.usefixtures("fake")

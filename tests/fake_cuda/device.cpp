@@ -1,6 +1,7 @@
 // Memory is the host's. A stream is a queue; nothing runs in it until somebody waits, and then no more than must.
 #include "device.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -96,7 +97,7 @@ int device_of(const Stream *stream) { return stream->device; }
 static std::string failure;   // not yet reported
 static std::string reported;  // the last that was
 static int depth;             // of waiting inside work
-static uint64_t running;      // the number of the task that is
+static std::vector<uint64_t> running;  // the numbers of the tasks that are, each within the one before
 static void release_what_is_done();
 
 void enqueue(Stream *stream, Work work) {
@@ -124,6 +125,7 @@ static bool take(Stream *stream, uint64_t position, Task &task) {
   if (stream->tasks.empty() || stream->tasks.front().number > position) return false;
   task = std::move(stream->tasks.front());
   stream->tasks.pop_front();
+  running.push_back(task.number);  // at once: what is in no queue must not count as done
   return true;
 }
 
@@ -148,8 +150,9 @@ static bool run_next(Stream *stream, uint64_t position) {
   } else if (stream->blocking) {
     run(first, task.number);
   }
-  running = task.number;
   if (failure.empty()) task.work();  // after a failure nothing runs until it is reported
+  std::lock_guard<std::mutex> hold(state);
+  running.pop_back();
   return true;
 }
 
@@ -270,6 +273,7 @@ void end_life(void *memory) { retire(memory, true); }
 static void release_what_is_done() {
   std::lock_guard<std::mutex> hold(state);
   uint64_t pending = UINT64_MAX;
+  for (uint64_t number : running) pending = std::min(pending, number);
   for (const Stream *stream : streams)
     if (!stream->tasks.empty()) pending = std::min(pending, stream->tasks.front().number);
   while (!released.empty() && released.begin()->first < pending) {
@@ -287,7 +291,7 @@ Block block_of(const void *address) {
   if (next == blocks.begin()) return {};
   const auto &[begin, memory] = *std::prev(next);
   if (at > begin + memory.size) return {};
-  return {begin, memory.size, memory.device, depth && running > memory.last_user};
+  return {begin, memory.size, memory.device, !running.empty() && running.back() > memory.last_user};
 }
 
 void *allocate_pinned(size_t size) {
