@@ -192,11 +192,3 @@ def _in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_in_child)
-
-
-def blocks(pixels: int, images: int, bytes_per_pixel: int, most: int = 8 << 20) -> list[tuple[int, slice]]:
-    """(image, slice of its pixels) of each piece of work, `most` bytes or less; enough for all threads if worth it."""
-    size = pixels * bytes_per_pixel
-    per_image = max(min(-(-threads() // images), 1 + size // _WORTH_A_THREAD), -(-size // most))
-    step = max(1, -(-pixels // per_image))
-    return [(n, slice(p, min(p + step, pixels))) for n in range(images) for p in range(0, pixels, step)]
