@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -124,12 +124,6 @@ def team(size: int, scratch: int = 0) -> Iterator[Team]:
         else:
             with ThreadPoolExecutor(workers) as executor:
                 yield Team(workers, executor)
-
-
-def ordered(work: Callable[[Item], Result], items: Sequence[Item], size: int) -> Iterable[Result]:
-    """What a `team` of its own makes of the items, which are `size` bytes of work."""
-    with team(size if len(items) > 1 else 0) as workers:
-        yield from workers.ordered(work, items)
 
 
 def batches(images: int, size: int) -> Iterator[range]:

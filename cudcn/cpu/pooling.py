@@ -21,7 +21,7 @@ from scipy.sparse import csr_array
 
 from ..check import arithmetic
 from .bins import Bins, Line, spans, starts
-from .parallel import ordered
+from .parallel import team
 
 if TYPE_CHECKING:
     from ..ops.pooling import Geometry
@@ -31,7 +31,6 @@ _BINS = 1 << 13  # located at a time, of some 500 bytes
 _CUT = 1 << 12  # samples along an axis listed at a time
 _PIECE = 2 << 20  # bytes of a piece of work
 _STRIP = 2 << 20  # bytes of the gradient's sums that one thread works on
-_WORKERS = 12  # threads at the most, each of which has its piece and its strip
 _LISTED, _ENTRY = 100, 32  # bytes of a sample in an axis's list, of a pixel in a matrix
 
 
@@ -44,7 +43,6 @@ def forward(g: Geometry, out: Any, input: Any, rois: Any, offset: Any = None, ma
             _each(partial(_pool, g, means, pixels, _by_class(g, mask, cls)), *_pieces(g, bins))
 
 
-@np.errstate(all="ignore")
 def _pool(g: Geometry, means: Any, pixels: np.ndarray, mask: Any, bins: Bins) -> None:
     sums = _total(part.sums(part.y.value, part.x.value, pixels) for part in _parts(g, bins))
     means[bins.at] = sums * _factor(bins, mask)
@@ -85,7 +83,6 @@ def _backward_offset(
                 grad_offset[some, 2 * cls : 2 * cls + 2] = parts.swapaxes(0, 1)
 
 
-@np.errstate(all="ignore")
 def _products(g: Geometry, pixels: np.ndarray, gradients: Any, value: bool, slopes: bool, bins: Bins) -> Any:
     """Of each bin's gradient with the sums of its samples and of their slopes along y and x, those that are wanted."""
     gradient = gradients[bins.at].astype(np.float64)
@@ -120,7 +117,6 @@ def _backward_input(g: Geometry, grad_input: Any, grad_output: Any, rois: Any, o
             _copy(planes, total)
 
 
-@np.errstate(all="ignore")
 def _scatter(g: Geometry, total: np.ndarray, gradients: Any, mask: Any, bins: Bins, strip: tuple[range, slice]) -> None:
     """Add to some lines of the image, those of all groups one after another, what the bins give them."""
     lines, channels = strip
@@ -261,9 +257,9 @@ def _total(parts: Iterable[np.ndarray]) -> np.ndarray:
     return reduce(partial(np.add, dtype=np.float64), parts)
 
 
-def _in_order(work: Callable[[Any], Any], items: Sequence[Any], size: int) -> Iterable[Any]:
-    """The results of `work`, done by no more threads than scratch memory allows."""
-    return ordered(work, items, min(size, _WORKERS << 19)) if items else []
+def _in_order(work: Callable[[Any], Any], items: Sequence[Any], size: int) -> Iterator[Any]:
+    with team(size if len(items) > 1 else 0, _PIECE + _STRIP) as workers:
+        yield from workers.ordered(work, items)
 
 
 def _each(work: Callable[[Any], None], items: Sequence[Any], size: int) -> None:
@@ -305,13 +301,5 @@ def _pixels(g: Geometry, input: Any, image: int, cls: int) -> np.ndarray:
 
 
 def _copy(target: Any, source: Any) -> None:
-    """(groups, H, ...)"""
-    step = max(1, _PIECE // max(1, source[0, :1].nbytes))
-    strips = [(group, slice(y, y + step)) for group in range(len(source)) for y in range(0, source.shape[1], step)]
-    size = source.nbytes
-
-    def copy(strip: Any) -> None:
-        with np.errstate(all="ignore"):
-            target[strip] = source[strip]
-
-    _each(copy, strips, size)
+    with team(source.nbytes) as workers:
+        workers.copy(zip(target, source, strict=True))
