@@ -27,7 +27,7 @@ FOLDERS = {
     "adapters/torch": "cudcn/torch",
     "adapters/jax": "cudcn/jax",
 }
-KINDS = {".py", ".cu", ".cuh", ".h", ".cpp", ".typed"}
+KINDS = {".md", ".py", ".cu", ".cuh", ".h", ".cpp", ".typed"}
 
 IMPORT = """
 import json, sys, time
