@@ -133,7 +133,8 @@ class _Emulated:
 def device(array: Any) -> Iterator[Any]:
     """The device that `array` lies on, made current."""
     if isinstance(array, np.ndarray):
-        yield _Emulated()
+        with np.errstate(all="ignore"):  # NaN and infinity pass through, as on a GPU
+            yield _Emulated()
     else:
         if str(array.dtype) == "bfloat16" and np.lib.NumpyVersion(np.__version__) < "2.1.2":
             raise ImportError(f"bfloat16 CuPy arrays need NumPy 2.1.2 or later, this is {np.__version__}")

@@ -182,7 +182,7 @@ __device__ __forceinline__ void hold(const Samples<A, O, Source> &samples, const
                                      int pixel, bool slopes, Four<int> *corners, Four<A> *weights) {
   for (int i = row.lane; i < count; i += row.lanes) {
     const auto sample = samples.at(begin + i, slopes);
-    const A weight = samples.weight(begin + i);
+    const A weight = sample.cell.adds ? samples.weight(begin + i) : A(0);  // which may be NaN
     Four<int> at;
     Four<A> share;
 #pragma unroll
@@ -270,7 +270,7 @@ aggregate_backward(const T *__restrict__ grad_output, const T *__restrict__ valu
   // The softmax's gradient needs the mean over all samples: known in time if they are held together, else a first
   // round is for it alone.
   const bool normalised = p.softmax && grad_weights, together = p.samples <= row.capacity();
-  A mean = 0;
+  A mean = 0, counted = 0;  // of the samples, those that add something
   for (int round = normalised && !together ? 0 : 1; round < 2; ++round) {
     for (int begin = 0; begin < p.samples; begin += row.capacity()) {
       const int count = min(row.capacity(), p.samples - begin);
@@ -321,11 +321,15 @@ aggregate_backward(const T *__restrict__ grad_output, const T *__restrict__ valu
       }
       __syncwarp();
       if (normalised && (round == 0 || together)) {
-        A part = 0;
+        A part = 0, added = 0;
         for (int i = row.lane; i < count; i += row.lanes) {
-          part += samples.weight(begin + i) * samples.at(begin + i, true).value(held_products[row.held(i)].of);
+          const auto sample = samples.at(begin + i, true);
+          if (!sample.cell.adds) continue;
+          part += samples.weight(begin + i) * sample.cell.value(held_products[row.held(i)].of);
+          added = 1;
         }
         mean += row.sum(part);
+        counted += row.sum(added);
       }
       if (by_sample && round == 1 && row.active) {
         for (int i = row.lane; i < count; i += row.lanes) {
@@ -341,7 +345,9 @@ aggregate_backward(const T *__restrict__ grad_output, const T *__restrict__ valu
           }
           if (grad_weights) {
             const A gradient = sample.value(products);
-            grad_weights[samples.weights_at + s] = O(p.softmax ? weight * (gradient - mean) : gradient);
+            // weights that are NaN, for one logit is, are so all together: they matter where any sample counts
+            const A logit = counted > A(0) ? weight * (gradient - mean) : A(0);
+            grad_weights[samples.weights_at + s] = O(p.softmax ? logit : gradient);
           }
         }
       }
