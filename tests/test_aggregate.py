@@ -485,7 +485,7 @@ WINDOWS = [
     ({"dilation": (1, 4)}, ValueError, r"the output's width would be empty: .* spans 9, .* 8"),
     ({"stride": 0}, ValueError, r"stride must be at least 1 .* got 0"),
     ({"padding": -1}, ValueError, r"padding must be at least 0 .* got -1"),
-    ({"offset_scale": np.inf}, ValueError, r"offset_scale must be finite, got inf"),
+    ({"offset_scale": np.inf}, ValueError, r"offset_scale must be finite in float64, got inf"),
     ({"offset_scale": "2"}, TypeError, r"offset_scale must be a number, got '2'"),
     ({"remove_center": True, "kernel_size": 2}, ValueError, r"remove_center needs a square kernel of odd .* \(2, 2\)"),
     ({"remove_center": True, "kernel_size": (3, 5)}, ValueError, r"remove_center needs a square .* \(3, 5\)"),
