@@ -456,3 +456,14 @@ def test_arrays_of_any_strides() -> None:
     assert np.array_equal(case.forward(strided), case.forward(tensors))
     grads = case.backward(strided, np.repeat(grad_output, 2, axis=-1)[..., ::2])
     assert all(np.array_equal(grads[n], grad) for n, grad in case.backward(tensors, grad_output).items())
+
+
+def test_many_samples_in_the_first_cell_keep_their_precision() -> None:
+    """Between -1 and 0 along both axes, too."""
+    padding, size = 100, 204
+    y, x = np.mgrid[:size, :size].astype(np.float32) - padding
+    offset = np.stack([-0.5 - y, -0.5 - x])[None]
+    grad_output = np.full((1, 1, size, size), 0.07, np.float32)
+    image_, weight = np.ones((1, 1, 4, 4), np.float32), np.ones((1, 1, 1, 1), np.float32)
+    grad = cudcn.deform_conv2d_backward(grad_output, image_, offset, weight, padding=padding).input
+    assert grad[0, 0, 0, 0] == pytest.approx(np.float64(np.float32(0.07)) * size**2 / 4, rel=1e-6)

@@ -648,3 +648,15 @@ def test_refuses_other_kinds_of_tensors(case: Case, grad: bool, convert: Any) ->
         case.forward(other)
     with pytest.raises(TypeError, match=f"{case.op.name}_backward: {message}"):
         case.backward(other, grad_output)
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_checkpointing(case: Case) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    given = differentiable(case)
+    leaves = [t.detach().requires_grad_() for t in given.values()]
+    checkpoint(loss_of(case, given), *leaves, use_reentrant=False).backward()
+    want = case.backward(tensors(case, grad=False), to_torch(case.grad_output()))
+    for name, leaf in zip(given, leaves, strict=True):
+        assert_close(leaf.grad, double(want[name]))

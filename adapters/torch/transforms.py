@@ -33,9 +33,10 @@ def differentiable(op: Op, library: torch.library.Library) -> tuple[Callable[...
         pass
 
     def differentiate(ctx: Any, grad_output: Any) -> Any:
-        given = zip(ctx.needs_input_grad, op.differentiable(ctx.saved_tensors), strict=False)
+        tensors = ctx.saved_tensors  # once: checkpointing refuses a second look
+        given = zip(ctx.needs_input_grad, op.differentiable(tensors), strict=False)
         needs = [asked and possible for asked, possible in given]
-        grads = call_backward(grad_output, *ctx.saved_tensors, *ctx.attributes, needs)
+        grads = call_backward(grad_output, *tensors, *ctx.attributes, needs)
         return *spread(needs, grads), *(None for _ in ctx.attributes)
 
     def refuse(ctx: Any, *grads: Any) -> Any:

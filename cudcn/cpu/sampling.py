@@ -114,10 +114,16 @@ class Sampler:
         self._rows = 4 * points * np.arange(top_left.size // points + 1, dtype=index)
         self._points = points
         self._modulation = None if modulation is None else modulation.ravel()
+        self._made: csr_array | None = None
 
-    @functools.cached_property
+    @property
     def _operator(self) -> csr_array:
-        """(rows, pixels touched)"""
+        """(rows, pixels touched), made once; a cached_property's lock would be shared by all threads, and by a fork."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def _make(self) -> csr_array:
         bottom, right = self._y, self._x
         top, left = 1 - bottom, 1 - right
         if self._modulation is not None:
@@ -157,7 +163,7 @@ class Sampler:
             numbers, corners = np.unique(np.append(0, corners), return_inverse=True)  # 0 remains 0
             touched, width = numbers + self._touched.start, len(numbers)
             corners = corners[1:].astype(self._rows.dtype)
-        samples_of_a_cell = np.bincount(corners[::4])[1:]  # without those that are left out
+        samples_of_a_cell = np.bincount(corners[::4][self.counted])
         if vectors.dtype == np.float32 and 4 * samples_of_a_cell.max(initial=0) > _RUN:
             weights, vectors = weights.astype(np.float64), vectors.astype(np.float64)
         scatter = csr_array((weights, corners, self._rows), shape=(len(self._rows) - 1, width)).T
