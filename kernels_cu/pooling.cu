@@ -71,6 +71,7 @@ template <typename A> struct Axis {
     const int samples = count > A(0) && count <= A(MOST) ? int(count) : 0;
     begin = first > A(0) ? (first < A(samples) ? int(first) : samples) : 0;
     end = last > A(0) ? (last < A(samples) ? int(last) + 1 : samples) : 0;
+    if (spacing == A(0) && !(origin >= low && origin <= high)) end = begin;  // all lie at one place
     while (begin < end && !(position(begin) >= low && position(begin) <= high)) ++begin;  // the division was rounded
     while (begin < end && !(position(end - 1) >= low && position(end - 1) <= high)) --end;
     end = max(begin, end);

@@ -778,3 +778,14 @@ def test_batch_index_out_of_range_on_the_gpu(case: RoiPooling) -> None:
     tensors = {n: cupy.asarray(t) for n, t in case.tensors("float32").items()}
     tensors["rois"][2, 0] = 1e30
     assert not case.forward(tensors)[2].get().any()
+
+
+@pytest.mark.usefixtures("any_device")
+def test_many_samples_at_one_place_outside_take_no_time() -> None:
+    """A roi of size 0: a step a sample, from its first on, would take minutes."""
+    rois = np.array([[0, 100, 100, 100, 100]], np.float32)
+    image = np.ones((1, 1, 8, 8), np.float32)
+    start = time.process_time()
+    out = cudcn.deform_roi_pool(image, rois, output_size=1, sampling_ratio=2**20)
+    assert out[0, 0, 0, 0] == 0
+    assert time.process_time() - start < 5

@@ -196,6 +196,7 @@ def _sample_run(origin: Any, spacing: Any, count: Any, low: float, high: float) 
     count = np.where(count > 0, np.where(np.isfinite(count), count, 0), 0)
     begin = np.where(first > 0, np.minimum(first, count), 0).astype(np.int64)
     end = np.where(last > 0, np.minimum(np.floor(last) + 1, count), 0).astype(np.int64)
+    end = np.where(still & ~inside(begin), begin, end)  # all lie at one place: all are inside, or none is
     while (outside := (begin < end) & ~inside(begin)).any():  # the division was rounded
         begin = begin + outside
     while (outside := (begin < end) & ~inside(end - 1)).any():
