@@ -19,7 +19,7 @@ from .sampling import Sampler, interior, padded, sums_of, zeros
 if TYPE_CHECKING:
     from ..ops.aggregate import Geometry, Level
 
-_CHUNK = 8 << 20  # bytes of a block, by estimate
+_CHUNK = 16 << 20  # bytes of a block, by estimate
 
 Block = tuple[int, slice, slice]  # an image, and the rows and columns of some of its queries
 Images = dict[int, list[np.ndarray]]  # (pixels * groups, D) of each level of an image, with its border
@@ -40,7 +40,7 @@ def forward(g: Geometry, out: Any, *tensors: Any) -> None:
         part = out[n, rows, columns]
         part[...] = total.reshape(part.shape)
 
-    with _team(g, dtype) as workers:
+    with _team(g, dtype, _CHUNK // 2) as workers:
         for images in batches(g.batch, g.pixels * g.groups * g.group_channels * np.dtype(dtype).itemsize):
             pixels = _padded(g, workers, image, levels, images, dtype)
             for _ in workers.ordered(aggregate, _blocks(g, images)):
@@ -89,7 +89,7 @@ def backward(g: Geometry, grads: Any, grad_output: Any, *tensors: Any) -> None:
                 for share in level_shares:
                     total[share.at] += share.sums
 
-    with _team(g, dtype) as workers:
+    with _team(g, dtype, _CHUNK // 2 + (2 << 20) * g.levels) as workers:
         numbers = g.pixels * g.groups * g.group_channels  # of an image
         for images in batches(g.batch, 12 * numbers):
             blocks = _blocks(g, images)
@@ -108,9 +108,9 @@ def backward(g: Geometry, grads: Any, grad_output: Any, *tensors: Any) -> None:
                 _store(g, workers, levels, grad_image, sums)
 
 
-def _team(g: Geometry, dtype: type) -> Any:
+def _team(g: Geometry, dtype: type, scratch: int) -> Any:
     size = g.batch * math.prod(g.queries) * g.groups * g.levels * g.points * g.group_channels * np.dtype(dtype).itemsize
-    return team(size, _CHUNK // 2 + (2 << 20) * g.levels)
+    return team(size, scratch)
 
 
 def _blocks(g: Geometry, images: range) -> list[Block]:

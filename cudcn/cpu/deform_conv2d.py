@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _BLOCK = 5 << 19  # bytes of a block's columns and samples
 _WAVE = 8 << 20  # bytes of the columns that wait for their product with grad_output
-_SLICE = 288  # columns of the weight's gradient that one thread multiplies: fewer would not be fast
+_SLICE = 144  # columns of the weight's gradient that one thread multiplies: fewer would not be fast
 _RUN = 1024  # pixels of one product in float32; products are summed in float64
 
 Block = tuple[int, slice]  # an image, and some of its output pixels

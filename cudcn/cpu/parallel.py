@@ -117,6 +117,7 @@ def team(size: int, scratch: int = 0) -> Iterator[Team]:
 
     It lives for one call, so no thread is left behind for a fork to break.
     """
+    _keep_freed_memory()
     workers = min(threads(), 1 + size // _WORTH_A_THREAD, max(1, SCRATCH // max(1, scratch)))
     with single_threaded_blas():
         if workers == 1:
@@ -124,6 +125,15 @@ def team(size: int, scratch: int = 0) -> Iterator[Team]:
         else:
             with ThreadPoolExecutor(workers) as executor:
                 yield Team(workers, executor)
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Once: glibc returns memory beyond twice the largest array that was ever freed, to fetch it again page by page.
+
+    Blocks are of a few MiB, and would pay that each time.
+    """
+    np.empty((32 << 20) - (64 << 10), np.uint8)  # untouched, so it costs nothing; glibc heeds no larger ones
 
 
 def batches(images: int, size: int) -> Iterator[range]:
