@@ -20,6 +20,7 @@
 // Backward each load has its FMAs for the inner product, and 2 red.v4 with 8 products more: 3.7 GB of float32 sums into
 // L2, which is expected to bound it.
 #include "bilinear.cuh"
+#include "sum.cuh"
 #include "vector.cuh"
 
 constexpr int THREADS = 128, HELD = 4, STRIP = 8;
@@ -153,9 +154,12 @@ template <typename A, typename O, typename Source> struct Samples {
     peak = A(weights[0]);
     for (int s = row.lane; s < p.samples; s += row.lanes) peak = max(peak, A(weights[s]));
     peak = row.largest(peak);
-    total = 0;
-    for (int s = row.lane; s < p.samples; s += row.lanes) total += exp(A(weights[s]) - peak);
-    total = row.sum(total);
+    Sum<A> sum;
+    for (int s = row.lane; s < p.samples; s += row.lanes) {
+      sum.run += exp(A(weights[s]) - peak);
+      sum.end_run();
+    }
+    total = row.sum(sum.value());
   }
 
   __device__ __forceinline__ A weight(int s) const {
@@ -208,10 +212,11 @@ aggregate_forward(const T *__restrict__ value, const O *__restrict__ places, con
   const Samples<A, O, Source<A>> samples(row, p, source, places, weights, shapes, starts);
   const int stride = p.groups * p.channels, group = row.group * p.channels;
   const long long image = (long long)row.image * p.pixels * stride + group;
+  const bool together = p.samples <= row.capacity();  // then their sums are one run
   for (int slab = 0; slab < p.channels; slab += row.lanes * V) {
     const int channel = slab + row.lane * V;
     const auto *vectors = reinterpret_cast<const Vector<T, V> *>(value + image + channel);
-    A sums[V] = {};
+    Sum<A> sums[V];
     for (int begin = 0; begin < p.samples; begin += row.capacity()) {
       const int count = min(row.capacity(), p.samples - begin);
       hold(samples, row, begin, count, stride / V, false, held_corners, held_weights);
@@ -229,8 +234,12 @@ aggregate_forward(const T *__restrict__ value, const O *__restrict__ places, con
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
 #pragma unroll
-            for (int v = 0; v < V; ++v) sums[v] += weight.of[k] * A(pixels[k][v]);
+            for (int v = 0; v < V; ++v) sums[v].run += weight.of[k] * A(pixels[k][v]);
           }
+        }
+        if (!together) {
+#pragma unroll
+          for (int v = 0; v < V; ++v) sums[v].end_run();
         }
       }
       __syncwarp();
@@ -238,7 +247,7 @@ aggregate_forward(const T *__restrict__ value, const O *__restrict__ places, con
     if (row.active && channel < p.channels) {
       Vector<T, V> result;
 #pragma unroll
-      for (int v = 0; v < V; ++v) result.set(v, T(sums[v]));
+      for (int v = 0; v < V; ++v) result.set(v, T(together ? sums[v].run : sums[v].value()));
       *reinterpret_cast<Vector<T, V> *>(out + row.query * stride + group + channel) = result;
     }
   }
@@ -270,7 +279,8 @@ aggregate_backward(const T *__restrict__ grad_output, const T *__restrict__ valu
   // The softmax's gradient needs the mean over all samples: known in time if they are held together, else a first
   // round is for it alone.
   const bool normalised = p.softmax && grad_weights, together = p.samples <= row.capacity();
-  A mean = 0, counted = 0;  // of the samples, those that add something
+  Sum<A> mean;
+  A counted = 0;  // of the samples, those that add something
   for (int round = normalised && !together ? 0 : 1; round < 2; ++round) {
     for (int begin = 0; begin < p.samples; begin += row.capacity()) {
       const int count = min(row.capacity(), p.samples - begin);
@@ -328,7 +338,8 @@ aggregate_backward(const T *__restrict__ grad_output, const T *__restrict__ valu
           part += samples.weight(begin + i) * sample.cell.value(held_products[row.held(i)].of);
           added = 1;
         }
-        mean += row.sum(part);
+        mean.run += row.sum(part);
+        mean.end_run();
         counted += row.sum(added);
       }
       if (by_sample && round == 1 && row.active) {
@@ -346,7 +357,7 @@ aggregate_backward(const T *__restrict__ grad_output, const T *__restrict__ valu
           if (grad_weights) {
             const A gradient = sample.value(products);
             // weights that are NaN, for one logit is, are so all together: they matter where any sample counts
-            const A logit = counted > A(0) ? weight * (gradient - mean) : A(0);
+            const A logit = counted > A(0) ? weight * (gradient - mean.value()) : A(0);
             grad_weights[samples.weights_at + s] = O(p.softmax ? logit : gradient);
           }
         }

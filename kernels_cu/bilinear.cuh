@@ -12,6 +12,10 @@ struct Strides {
   long long n, c, y, x;
 };
 
+// The least number that is not below n: float does not hold every int, and a place is outside if it is not below n.
+template <typename A> __device__ __forceinline__ A not_below(int n) { return n; }
+template <> __device__ __forceinline__ float not_below<float>(int n) { return __int2float_ru(n); }
+
 // The cell [floor(y), floor(y) + 1] x [floor(x), floor(x) + 1] around a position. Corners outside the image count as 0.
 //
 // A position is outside where it is <= -1 or >= the image's size along either axis, NaN or infinite. Its sample is left
@@ -29,7 +33,7 @@ template <typename A> struct Cell {
   __device__ __forceinline__ Cell(A y, A x, int height, int width, long long stride_y, long long stride_x,
                                   bool slopes = false) {
     // comparisons are false for NaN
-    const bool before_end = y < A(height) && x < A(width);
+    const bool before_end = y < not_below<A>(height) && x < not_below<A>(width);
     adds = before_end && y > A(-1) && x > A(-1);
     inside = slopes ? before_end && y >= A(-1) && x >= A(-1) : adds;
     const A top = inside ? floor(y) : A(0), left = inside ? floor(x) : A(0);

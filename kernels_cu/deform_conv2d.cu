@@ -12,6 +12,7 @@
 // Block: (pixels, 1) if planar, (channel lanes, pixels) if interleaved. At least two blocks a multiprocessor: with no
 // number there, ptxas aims at full occupancy and spills.
 #include "bilinear.cuh"
+#include "sum.cuh"
 
 constexpr int THREADS = 256;
 
@@ -131,20 +132,29 @@ deform_conv2d_backward_offset(const arithmetic_t<T> *__restrict__ grad_columns, 
                               Convolution p) {
   using A = arithmetic_t<T>;
   const Place<CHANNELS_LAST> place(p);
-  A grad_y = 0, grad_x = 0, grad_modulation = 0, modulation = 0;
+  Sum<A> sum_y, sum_x, sum_modulation;
+  A modulation = 0;
   if (place.active) {
     const Cell<A> cell = place.template cell<A>(p, offset, offset_strides, input_strides, true);
     const T *image = input + place.image * input_strides.n;
     if (cell.inside) modulation = place.template modulation<A>(p, mask, mask_strides);
+    int run = 0;
     for (int c = place.channel; cell.inside && c < place.channel_end; c += place.channel_step) {
       A corners[4];
       cell.load(image + c * input_strides.c, corners);
       const A gradient = grad_columns[place.column(p, c)];
-      grad_y += gradient * cell.slope_y(corners);
-      grad_x += gradient * cell.slope_x(corners);
-      if (cell.adds) grad_modulation += gradient * cell.value(corners);
+      sum_y.run += gradient * cell.slope_y(corners);
+      sum_x.run += gradient * cell.slope_x(corners);
+      if (cell.adds) sum_modulation.run += gradient * cell.value(corners);
+      if (++run == RUN) {
+        run = 0;
+        sum_y.end_run();
+        sum_x.end_run();
+        sum_modulation.end_run();
+      }
     }
   }
+  A grad_y = sum_y.value(), grad_x = sum_x.value(), grad_modulation = sum_modulation.value();
   if (CHANNELS_LAST) {
     for (int distance = int(blockDim.x) / 2; distance > 0; distance /= 2) {
       grad_y += __shfl_xor_sync(0xffffffffu, grad_y, distance);

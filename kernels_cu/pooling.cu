@@ -6,8 +6,9 @@
 // All are regular grids, so a bin is two axes, each with the run of its samples that lie in the image: however large a
 // roi is, the work is bounded by the image. A bin without samples there is 0 and has no gradient, whatever its mask or
 // its output's gradient are; so is one of more than MOST samples along an axis, and one of an image that there is not.
-// Sides are at most MOST pixels: up to there float has all whole numbers and their halves, and int all that follows. Bins of group (gh, gw) read the input channels (c * Gh + gh) * Gw + gw;
-// without position-sensitive channels there is one group.
+// Sides are at most MOST pixels: up to there float has all whole numbers and their halves, and int all that follows.
+// Bins of group (gh, gw) read the input channels (c * Gh + gh) * Gw + gw; without position-sensitive channels there is
+// one group.
 //
 // A thread computes its bin and each sample's cell once, for a slab of up to SLAB channels whose sums are in registers.
 // Planar: neighbouring threads on neighbouring bins, so what one pixel row of a roi touches is shared in L1, and `out`
@@ -21,10 +22,10 @@
 // channels make one transaction, so the caller gives sums with the channels last, whatever the image's order. They are
 // double, as nothing bounds how many bins read one pixel: two transactions.
 #include "bilinear.cuh"
+#include "sum.cuh"
 
 template <typename A> constexpr int SLAB = 32 / sizeof(A);  // also in cudcn/cuda/pooling.py
 constexpr int MOST = 1 << 23;  // also in cudcn/ops/pooling.py
-constexpr int RUN = 16;        // terms of one running sum: in float they lose 5e-7 at the most
 
 struct Pooling {
   double spatial_scale, offset_scale;
@@ -36,23 +37,6 @@ struct Pooling {
 // A product that is never fused with the sum it goes into: borders and limits must round as on the CPU.
 __device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
-
-// A sum of any number of terms: runs of a few, and the rounding errors of the sum over the runs.
-template <typename A> struct Sum {
-  A run = 0, high = 0, low = 0;
-
-  __device__ __forceinline__ void end_run() {
-    const A total = high + run, added = total - high;
-    low += (high - (total - added)) + (run - added);
-    high = total;
-    run = A(0);
-  }
-
-  __device__ __forceinline__ A value() const {
-    const A exact = high + (low + run), rounded = high + run;
-    return isfinite(exact) ? exact : rounded;  // where `high` is infinite, `low` is NaN
-  }
-};
 
 // The samples of a bin along one axis: number i, begin <= i < end, lies at origin + i * spacing.
 template <typename A> struct Axis {

@@ -230,6 +230,7 @@ def test_a_nan_logit_makes_its_query_nan() -> None:
 # ---- exact sums
 
 TENTH = np.float32(0.1)  # equal terms: the rounding of a running sum goes the same way each time
+each_path = pytest.mark.parametrize("any_device", ["cpu", "fast"], indirect=True)
 
 
 @every_operator
@@ -266,11 +267,43 @@ def test_many_taps() -> None:
     assert out.item() == pytest.approx(31 * 31 * float(TENTH), rel=1e-6)
 
 
-def test_many_points() -> None:
-    locations, weights = np.full((1, 3, 1, 2, 1001, 2), 0.5, np.float32), np.ones((1, 3, 1, 2, 1001), np.float32)
+@pytest.mark.usefixtures("any_device")
+@each_path
+@pytest.mark.parametrize("softmax", [False, True])
+def test_many_points(softmax: bool) -> None:
+    points = 100_001
+    locations, weights = np.full((1, 3, 1, 2, points, 2), 0.5, np.float32), np.full((1, 3, 1, 2, points), TENTH)
     value, shapes, starts = np.full((1, 2, 1, 1), TENTH), np.array([[1, 1], [1, 1]]), np.array([0, 1])
-    out = cudcn.ms_deform_attn(value, shapes, starts, locations, weights)
-    assert out == pytest.approx(np.full((1, 3, 1), 2002 * float(TENTH)), rel=1e-6)
+    out = cudcn.ms_deform_attn(value, shapes, starts, locations, weights, softmax=softmax)
+    total = 1 if softmax else 2 * points * float(TENTH)
+    assert out == pytest.approx(np.full((1, 3, 1), total * float(TENTH)), rel=1e-6)
+
+
+@pytest.mark.usefixtures("any_device")
+@each_path
+def test_the_softmax_gradient_of_many_points() -> None:
+    points = 50_001
+    locations, weights = np.full((1, 1, 1, 1, points, 2), 0.5, np.float32), np.zeros((1, 1, 1, 1, points), np.float32)
+    locations[..., 0, :] = 7  # the one outside is 0, the others' mean
+    tensors = np.full((1, 1, 1, 1), TENTH), np.array([[1, 1]]), np.array([0]), locations, weights
+    grad = cudcn.ms_deform_attn_backward(np.ones((1, 1, 1), np.float32), *tensors, softmax=True).attention_weights
+    mean = float(TENTH) * (points - 1) / points
+    assert grad[..., 0].item() == pytest.approx(-mean / points, rel=1e-6)
+
+
+@pytest.mark.usefixtures("any_device")
+@each_path
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_gradients_of_offset_and_mask_over_many_channels(layout: str) -> None:
+    channels = 200_000
+    case = DeformConv2d("many channels", 1, channels, (1, 1), 1, (1, 1), padding=0, layout=layout)
+    tensors = {name: np.full(t.shape, TENTH) for name, t in case.tensors().items()}
+    tensors["offset"][...] = 0.25
+    tensors["mask"][...] = 1
+    grads = case.backward(tensors, np.ones(case.output_shape(), np.float32))
+    square = channels * float(TENTH) ** 2
+    assert grads["offset"] == pytest.approx(np.full_like(grads["offset"], -0.75 * square), rel=1e-5)
+    assert grads["mask"].item() == pytest.approx(0.75**2 * square, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -290,6 +323,7 @@ def test_levels_that_overlap(dtype: Any) -> None:
 LONG = 2**24
 
 
+@pytest.mark.usefixtures("any_device")
 @pytest.mark.parametrize("axis", [0, 1], ids="yx")
 @pytest.mark.parametrize(
     ("name", "extra"), [(name, e) for name in ("deform_conv2d", "dcnv3") for e in (1, 2, 3)] + [("ms_deform_attn", 1)]

@@ -43,11 +43,11 @@ def deform_psroi_pool(
         ph = floor(i * Ph / PH), pw = floor(j * Pw / PW)    its part
         k = floor(c / (D / classes))                        its class
 
-    where S = sample_per_part, and halves are rounded away from zero. A bin without a sample in the image is 0, and
-    so is one whose coordinates or offset are NaN or infinite; it has no gradient, whatever its mask and its output's
-    gradient are. A sample reads the four pixels around it, also those of weight 0, which are there where it lies
-    exactly on a row or column: if one of them is NaN, so is the bin. `group_size=1` is the deformable RoI pooling of
-    the paper, without position-sensitive channels.
+    where S = sample_per_part, and halves are rounded away from zero. A bin without a sample in the image is 0, and so
+    is one whose coordinates or offset are NaN or infinite; it has no gradient, whatever its mask and its output's
+    gradient are. A sample reads the four pixels around it, beyond the border the outermost ones again, and also those
+    of weight 0: if one of them is NaN, so is the bin. `group_size=1` is the deformable RoI pooling of the paper,
+    without position-sensitive channels.
 
     Args:
         input: (N, C, H, W), C = D * Gh * Gw; float16, bfloat16, float32 or float64, in any memory order;
@@ -118,10 +118,10 @@ def deform_psroi_pool_backward(
 ) -> DeformPSRoiPoolGradients:
     """The gradients of `sum(grad_output * deform_psroi_pool(...))`; None for rois, and for what is None.
 
-    `grad_output` has the output's shape and dtype; the rest is as in `deform_psroi_pool`. The offset's gradient is
-    the true derivative: a sample whose position is clamped has none along that axis; at whole numbers the slope is
-    that of the cell [p, p + 1]. On the CPU the result is deterministic; on CUDA the input's gradient is summed by
-    atomics, in no fixed order.
+    `grad_output` has the output's shape and dtype; the rest is as in `deform_psroi_pool`. The offset's gradient is the
+    true derivative: a sample whose position is clamped has none along that axis (NaN if it reads an infinite pixel); at
+    whole numbers the slope is that of the cell [p, p + 1]. On the CPU the result is deterministic; on CUDA the input's
+    gradient is summed by atomics, in no fixed order.
     """
     return OP.backward_of(
         grad_output, input, rois, offset, mask,

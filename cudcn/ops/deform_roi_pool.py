@@ -38,8 +38,8 @@ def deform_roi_pool(
     or y > H (x alike), but still counts; else its position is clamped into the image. A roi that ends before it
     starts has samples only if sampling_ratio says how many. A bin without a sample in the image is 0, and so is one
     whose coordinates or offset are NaN or infinite; it has no gradient, whatever its mask and its output's gradient
-    are. A sample reads the four pixels around it, also those of weight 0, which are there where it lies exactly on a
-    row or column: if one of them is NaN, so is the bin.
+    are. A sample reads the four pixels around it, beyond the border the outermost ones again, and also those of
+    weight 0: if one of them is NaN, so is the bin.
 
     Args:
         input: (N, C, H, W); float16, bfloat16, float32 or float64, in any memory order;
@@ -106,9 +106,9 @@ def deform_roi_pool_backward(
     """The gradients of `sum(grad_output * deform_roi_pool(...))`; None for rois, and for what is None.
 
     `grad_output` has the output's shape and dtype; the rest is as in `deform_roi_pool`. The offset's gradient is the
-    true derivative: a sample whose position is clamped has none along that axis; at whole numbers the slope is that
-    of the cell [p, p + 1]. On the CPU the result is deterministic; on CUDA the input's gradient is summed by
-    atomics, in no fixed order.
+    true derivative: a sample whose position is clamped has none along that axis (NaN if it reads an infinite pixel); at
+    whole numbers the slope is that of the cell [p, p + 1]. On the CPU the result is deterministic; on CUDA the input's
+    gradient is summed by atomics, in no fixed order.
     """
     return OP.backward_of(
         grad_output, input, rois, offset, mask,

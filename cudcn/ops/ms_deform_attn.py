@@ -91,7 +91,8 @@ def ms_deform_attn_backward(
     """The gradients of `sum(grad_output * ms_deform_attn(...))`; of the logits with `softmax=True`.
 
     `grad_output` has the output's shape and dtype; the rest is as in `ms_deform_attn`. On the CPU the result is
-    deterministic; on CUDA the value's gradient is summed by atomics, in no fixed order.
+    deterministic; on CUDA the value's gradient is summed by atomics, in no fixed order and, but for float64, in
+    float32: where n samples read one pixel, its sum can be off by n * 2**-25 of itself.
     """
     return OP.backward_of(
         grad_output, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, softmax=softmax

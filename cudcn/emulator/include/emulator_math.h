@@ -78,6 +78,7 @@ inline int __double2int_rn(double a) { return emulator::saturating_int(rint(a));
 inline int __double2int_rd(double a) { return emulator::saturating_int(floor(a)); }
 inline int __double2int_rz(double a) { return emulator::saturating_int(trunc(a)); }
 inline float __int2float_rn(int a) { return float(a); }
+inline float __int2float_ru(int a) { return double(float(a)) < a ? nextafterf(float(a), INFINITY) : float(a); }
 inline float __uint2float_rn(unsigned a) { return float(a); }
 
 inline int __popc(unsigned a) { return __builtin_popcount(a); }
