@@ -1,5 +1,6 @@
 """The emulator: launches, builds and settings."""
 
+import doctest
 import shutil
 import threading
 from collections.abc import Callable
@@ -72,6 +73,11 @@ def small(tmp_path: Path) -> Callable:
         return emulator.kernel(tmp_path / "small.cu", name, include=INCLUDE, defines=defines)
 
     return kernel
+
+
+def test_the_example_runs() -> None:
+    outcome = doctest.testmod(emulator)
+    assert (outcome.attempted, outcome.failed) == (9, 0)
 
 
 @pytest.mark.parametrize("build", BUILDS)

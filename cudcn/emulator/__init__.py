@@ -4,8 +4,16 @@ g++ compiles a `.cu` against the headers in `include/`, which stand in for CUDA'
 of a block run one after another, as fibers. It needs g++ 11 or later, on Linux, on an x86-64 processor with
 AVX2; `unavailable()` says why it cannot run on another.
 
-    sample = kernel(Path("kernels_cu/deform_conv2d.cu"), "deform_conv2d_sample<float, float, false>")
-    sample((blocks,), (256,), (input, offset, mask, columns, shape))
+    >>> import numpy as np
+    >>> from cudcn import emulator, sources
+    >>> name = "deform_conv2d_backward_bias<float, double>"
+    >>> sum_pixels = emulator.kernel(sources.path("deform_conv2d"), name)
+    >>> image, sums = np.ones((1, 4, 8, 8), np.float32), emulator.empty((4,), np.float64)
+    >>> strides = sources.Struct("bilinear.cuh", "Strides")(n=256, c=64, y=8, x=1)
+    >>> pixels = sources.Struct("deform_conv2d", "Pixels")(images=1, channels=4, height=8, width=8, summands=1)
+    >>> sum_pixels((1,), (4, 64), (image, strides, sums, pixels))  # one block of 4 channels by 64 pixels
+    >>> sums
+    array([64., 64., 64., 64.])
 
 Arrays are copied for each launch into memory that ends at a guard page, and what the kernel wrote is copied
 back. Two builds, chosen by `settings`:
