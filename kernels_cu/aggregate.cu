@@ -155,10 +155,7 @@ template <typename A, typename O, typename Source> struct Samples {
     for (int s = row.lane; s < p.samples; s += row.lanes) peak = max(peak, A(weights[s]));
     peak = row.largest(peak);
     Sum<A> sum;
-    for (int s = row.lane; s < p.samples; s += row.lanes) {
-      sum.run += exp(A(weights[s]) - peak);
-      sum.end_run();
-    }
+    for (int s = row.lane; s < p.samples; s += row.lanes) sum.add(exp(A(weights[s]) - peak));
     total = row.sum(sum.value());
   }
 
@@ -338,8 +335,7 @@ aggregate_backward(const T *__restrict__ grad_output, const T *__restrict__ valu
           part += samples.weight(begin + i) * sample.cell.value(held_products[row.held(i)].of);
           added = 1;
         }
-        mean.run += row.sum(part);
-        mean.end_run();
+        mean.add(row.sum(part));
         counted += row.sum(added);
       }
       if (by_sample && round == 1 && row.active) {

@@ -15,6 +15,11 @@ template <typename A> struct Sum {
     run = A(0);
   }
 
+  __device__ __forceinline__ void add(A term) {  // a run of its own
+    run += term;
+    end_run();
+  }
+
   __device__ __forceinline__ A value() const {
     const A exact = high + (low + run), rounded = high + run;
     return isfinite(exact) ? exact : rounded;  // where `high` is infinite, `low` is NaN
