@@ -1,4 +1,7 @@
-"""The CPU path of deform_conv2d, dcnv3, dcnv4 and ms_deform_attn: exact sums, borders and NaN, memory, threads."""
+"""The CPU path of deform_conv2d, dcnv3, dcnv4 and ms_deform_attn: exact sums, borders and NaN, memory, threads.
+
+What the kernels must do alike runs on the emulator too.
+"""
 
 from __future__ import annotations
 

@@ -107,7 +107,8 @@ def test_the_sdist_is_the_repository(unpacked: Path) -> None:
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts and "results" not in path.parts:
                 assert (unpacked / path.relative_to(ROOT)).is_file(), path
-    for name in ("pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md", "Makefile", ".gitignore"):
+    documents = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
+    for name in (*documents, "pyproject.toml", "MANIFEST.in", "Makefile", ".gitignore"):
         assert (unpacked / name).is_file(), name
     assert not list(unpacked.rglob("*.pyc"))
 

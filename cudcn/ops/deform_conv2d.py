@@ -102,7 +102,7 @@ def deform_conv2d_backward(
 
     `grad_output` has the output's shape and dtype; the rest is as in `deform_conv2d`. On the CPU the result is
     deterministic; on CUDA the input's gradient is summed by atomics, in no fixed order and, but for float64, in
-    float32: where n samples read one pixel, its sum can be off by n * 2**-25 of itself.
+    float32: where n samples read one pixel, it can be off by n * 2**-24 of the sum of their shares without signs.
     """
     return OP.backward_of(
         grad_output, input, offset, weight, bias, mask,
