@@ -70,7 +70,8 @@ WHOLE = [
     ("roi_avg_pool", (1, 1, 2048, 2048), 1, {"output_size": 1}),
     ("roi_avg_pool", (1, 1, 8, 8), 10_000, {"output_size": 7}),
     ("deform_roi_pool", (1, 16, 200, 200), 100, {"output_size": 7}),
-    ("deform_psroi_pool", (1, 49, 64, 64), 300, {"output_size": 7, "group_size": 7}),
+    ("deform_psroi_pool", (1, 49, 64, 64), 300, {"output_size": 7, "group_size": 7, "part_size": 7}),
+    ("deform_psroi_pool", (1, 4, 64, 64), 300, {"output_size": 1, "group_size": 1, "part_size": 200}),
 ]
 
 
@@ -82,7 +83,8 @@ def test_scratch_memory_is_bounded(
     monkeypatch.setenv("CUDCN_NUM_THREADS", "32")
     image = np.ones(shape, f4)
     boxes = np.tile(np.array([[0, 0, 0, shape[3] - 1, shape[2] - 1]], f4), (rois, 1))
-    offset = [np.zeros((rois, 2, 7, 7), f4)] if name.startswith("deform") else []
+    part = attributes.get("part_size", 7)
+    offset = [np.zeros((rois, 2, part, part), f4)] if name.startswith("deform") else []
     out, peak = peak_memory(lambda: getattr(cudcn, name)(image, boxes, *offset, **attributes))
     assert peak < out.nbytes + image.nbytes + (64 << 20)
     backward = getattr(cudcn, f"{name}_backward")

@@ -1,7 +1,7 @@
 """deform_conv2d on NumPy arrays: sample columns with a sparse matrix, multiply them with the weights.
 
-Work is split into blocks of one image's output pixels; Q is their number, K the kernel's taps. Neither the blocks nor
-the order in which they are summed depend on the number of threads.
+Work is split into blocks of one image's output pixels; Q is their number, h * w, and K the kernel's taps. Neither the
+blocks nor the order in which they are summed depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -11,41 +11,44 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..check import arithmetic
-from .parallel import HELD, batches, team
-from .sampling import Sampler, interior, padded, sums_of, zeros
+from .parallel import HELD, Team, batches, team, tiles
+from .sampling import Sampler, flattened, sums_of
 
 if TYPE_CHECKING:
     from ..ops.deform_conv2d import Geometry
 
-_BLOCK = 5 << 19  # bytes of a block's columns and samples
+_BLOCK = 3 << 20  # bytes of a block's columns, samples and results
+_LARGE = 11 << 20  # the same, where so few pixels would make slow products
+_FEW_PIXELS = 256
 _WAVE = 8 << 20  # bytes of the columns that wait for their product with grad_output
 _SLICE = 144  # columns of the weight's gradient that one thread multiplies: fewer would not be fast
+_PRODUCT = 1 << 20  # bytes of them
 _RUN = 1024  # pixels of one product in float32; products are summed in float64
 
-Block = tuple[int, slice]  # an image, and some of its output pixels
-Images = dict[int, list[np.ndarray]]  # of each offset group of an image, the pixels with their border
+Block = tuple[int, slice, slice]  # an image, and the rows and columns of some of its output pixels
+Images = dict[int, list[np.ndarray]]  # (.., C / offset_groups) of each offset group of an image
 
 
 @np.errstate(all="ignore")  # NaN and infinity pass through, as in the kernels
 def forward(g: Geometry, out: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> None:
-    input, *flat = g.nchw(input, out, offset, mask)
-    out, offset, mask = _flat(g, flat)
+    input, out, offset, mask = g.nchw(input, out, offset, mask)
     dtype = arithmetic(input)
     matrix = _matrix(g, weight, dtype)
 
     def convolve(block: Block) -> None:
-        n, part = block
+        n, *part = block
         columns = [
             _sampler(g, offset, mask, block, group, dtype).sums(pixels[n][group]) for group in range(g.offset_groups)
         ]
         product = _by_group(g, _joined(g, columns)) @ matrix
         if bias is not None:
             product += bias.astype(dtype).reshape(g.groups, 1, -1)
-        out[n][:, part] = _by_channel(g, product)
+        result = out[n][:, *part]
+        result[...] = _by_channel(g, product).reshape(result.shape)
 
     with _team(g, dtype, copies=2) as workers:
         for images in batches(g.batch, g.channels * g.height * g.width * np.dtype(dtype).itemsize):
-            pixels = _by_image(g, images, padded(workers, _planes(g, input, images), dtype))
+            pixels = _pixels(g, workers, input, images, dtype)
             for _ in workers.ordered(convolve, _blocks(g, images, dtype)):
                 pass
 
@@ -55,8 +58,8 @@ def backward(
     g: Geometry, grads: Any, grad_output: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any
 ) -> None:
     grad_input, grad_offset, grad_weight, grad_bias, grad_mask = grads
-    input, grad_input, *flat = g.nchw(input, grad_input, grad_output, offset, mask, grad_offset, grad_mask)
-    grad_output, offset, mask, grad_offset, grad_mask = _flat(g, flat)
+    input, grad_input, grad_output = g.nchw(input, grad_input, grad_output)
+    offset, mask, grad_offset, grad_mask = g.nchw(offset, mask, grad_offset, grad_mask)
     dtype = arithmetic(input)
     matrix = _matrix(g, weight, dtype)
     weight_sum: np.ndarray = np.zeros((g.groups, g.out_channels // g.groups, matrix.shape[1]))
@@ -64,22 +67,22 @@ def backward(
 
     def differentiate(block: Block) -> Any:
         """The block's shares of the image's gradient, and what the weight's is made of; offset and mask are its own."""
-        n, part = block
-        grad_product = grad_output[n].reshape(g.groups, -1, g.out_pixels)[:, :, part].astype(dtype)
+        n, *part = block
+        grad_product = grad_output[n][:, *part].reshape(g.groups, g.out_channels // g.groups, -1).astype(dtype)
         grad_columns = _by_offset_group(g, grad_product.transpose(0, 2, 1) @ matrix.transpose(0, 2, 1))
         shares, columns = [], []
         for group, grad_samples in enumerate(grad_columns):
             sampler = _sampler(g, offset, mask, block, group, dtype)
             if sums:
-                shares.append(sampler.scattered(grad_samples))
+                shares.append(sampler.scattered(grad_samples, g.offset_groups))
             if pixels and (grad_offset is not None or grad_mask is not None):
-                products = sampler.products(pixels[n][group], grad_samples)
-                value, slope_y, slope_x = (product.reshape(-1, g.taps).T for product in products)
+                shape = *(some.stop - some.start for some in part), g.taps
+                products = [p.reshape(shape) for p in sampler.products(pixels[n][group], grad_samples)]
                 if grad_mask is not None:
-                    _taps(g, grad_mask[n], group, 1)[:, 0, part] = value
+                    _taps(g, grad_mask, block, group, 1)[..., 0] = products[0]
                 if grad_offset is not None:
-                    places = _taps(g, grad_offset[n], group, 2)
-                    places[:, 0, part], places[:, 1, part] = slope_y, slope_x
+                    for axis in (0, 1):
+                        _taps(g, grad_offset, block, group, 2)[..., axis] = products[1 + axis]
             if pixels and grad_weight is not None:
                 columns.append(sampler.sums(pixels[n][group]))
         bias_share = grad_product.sum(2, dtype=np.float64).ravel()
@@ -92,7 +95,7 @@ def backward(
                 weight_sum[:, :, part] += grad_product[:, :, run] @ columns[:, run, part]
 
     def accumulate() -> None:
-        for (n, _), (shares, bias_share, factors) in zip(blocks, workers.ordered(differentiate, blocks), strict=True):
+        for (n, *_), (shares, bias_share, factors) in zip(blocks, workers.ordered(differentiate, blocks), strict=True):
             for total, group_shares in zip(sums[n] if sums else (), shares, strict=True):
                 for share in group_shares:
                     total[share.at] += share.sums
@@ -100,13 +103,14 @@ def backward(
                 bias_sum[...] += bias_share
             if factors is not None:
                 kept.append(factors)
-                if sum(columns.nbytes for _, columns in kept) >= _WAVE:
+                if sum(array.nbytes for factors in kept for array in factors) >= _WAVE:
                     multiply_kept()
         multiply_kept()
 
     def multiply_kept() -> None:
-        columns = range(0, matrix.shape[1] if kept else 0, _SLICE)
-        for _ in workers.ordered(multiply, [slice(column, column + _SLICE) for column in columns]):
+        step = max(1, min(_SLICE, _PRODUCT // (g.out_channels * matrix.itemsize)))
+        columns = range(0, matrix.shape[1] if kept else 0, step)
+        for _ in workers.ordered(multiply, [slice(column, column + step) for column in columns]):
             pass
         kept.clear()
 
@@ -119,20 +123,20 @@ def backward(
             kept: list[tuple[np.ndarray, np.ndarray]] = []
             sum_type = sums_of(len(blocks) // len(images), dtype)
             if any(grad is not None for grad in (grad_offset, grad_weight, grad_bias, grad_mask)):
-                pixels = _by_image(g, images, padded(workers, _planes(g, input, images), dtype))
+                pixels = _pixels(g, workers, input, images, dtype)
             if grad_input is not None:
                 if pixels and sum_type == np.float64 and 4 * numbers > HELD:
                     accumulate()
                     pixels = {}  # for the sums to take their place
-                size = g.height, g.width, g.channels // g.offset_groups
-                sums = _by_image(g, images, [zeros(*size, sum_type) for _ in range(len(images) * g.offset_groups)])
+                size = g.height * g.width, g.channels // g.offset_groups
+                sums = {n: [np.zeros(size, sum_type) for _ in range(g.offset_groups)] for n in images}
             accumulate()
-            if grad_input is not None:
-                workers.copy(zip(_planes(g, grad_input, images), _interiors(g, sums), strict=True))
+            for n, totals in sums.items():
+                planes = _planes(g, grad_input[n])
+                workers.copy((plane, total.reshape(plane.shape)) for plane, total in zip(planes, totals, strict=True))
 
     if grad_weight is not None:
-        by_tap = weight_sum.reshape(g.out_channels, g.taps, -1)
-        grad_weight[...] = by_tap.transpose(0, 2, 1).reshape(grad_weight.shape)
+        grad_weight[...] = weight_sum.reshape(g.out_channels, *g.kernel, -1).transpose(0, 3, 1, 2)
     if grad_bias is not None:
         grad_bias[...] = bias_sum
 
@@ -143,64 +147,55 @@ def _team(g: Geometry, dtype: type, copies: int) -> Any:
 
 
 def _pixel_bytes(g: Geometry, dtype: type) -> int:
-    """Of an output pixel's columns and samples."""
-    return g.taps * np.dtype(dtype).itemsize * (g.channels + 12 * g.offset_groups)
+    """Of an output pixel's columns, one offset group's samples, and results."""
+    return np.dtype(dtype).itemsize * (g.taps * (g.channels + 12) + 2 * g.out_channels)
 
 
 def _step(g: Geometry, dtype: type) -> int:
     """Output pixels of a block."""
-    return max(256, _BLOCK // _pixel_bytes(g, dtype))
+    size = _pixel_bytes(g, dtype)
+    return max(1, _BLOCK // size, min(_FEW_PIXELS, _LARGE // size))
 
 
 def _blocks(g: Geometry, images: range, dtype: type) -> list[Block]:
-    step = _step(g, dtype)
-    return [(n, slice(p, min(p + step, g.out_pixels))) for n in images for p in range(0, g.out_pixels, step)]
+    return [(n, *tile) for n in images for tile in tiles(g.out_height, g.out_width, _step(g, dtype))]
 
 
-def _by_image(g: Geometry, images: range, groups: list[np.ndarray]) -> Images:
-    """Of the images' offset groups, one after another."""
-    return {n: groups[i * g.offset_groups : (i + 1) * g.offset_groups] for i, n in enumerate(images)}
+def _pixels(g: Geometry, workers: Team, input: np.ndarray, images: range, dtype: type) -> Images:
+    return {n: flattened(workers, _planes(g, input[n]), dtype) for n in images}
 
 
-def _interiors(g: Geometry, images: Images) -> list[np.ndarray]:
-    """(H, W, C / offset_groups) of each offset group of each image, views."""
-    return [interior(pixels, g.height, g.width) for image in images.values() for pixels in image]
-
-
-def _planes(g: Geometry, input: np.ndarray, images: range) -> list[np.ndarray]:
-    """The same of (N, C, H, W)."""
+def _planes(g: Geometry, image: np.ndarray) -> list[np.ndarray]:
+    """(H, W, C / offset_groups) of each offset group of (C, H, W), views."""
     size = g.channels // g.offset_groups
-    return [input[n, c : c + size].transpose(1, 2, 0) for n in images for c in range(0, g.channels, size)]
+    return [image[c : c + size].transpose(1, 2, 0) for c in range(0, g.channels, size)]
 
 
-def _flat(g: Geometry, images: list[Any]) -> list[Any]:
-    """(N, C, H_out * W_out) of images of the output's size: views, or a copy for all blocks."""
-    return [None if image is None else image.reshape(*image.shape[:2], g.out_pixels) for image in images]
-
-
-def _taps(g: Geometry, image: np.ndarray, group: int, parts: int) -> np.ndarray:
-    """(K, parts, H_out * W_out) of one offset group in an image of offsets (2 parts) or of masks (1 part)."""
+def _taps(g: Geometry, images: np.ndarray, block: Block, group: int, parts: int) -> np.ndarray:
+    """(h, w, K, parts) of a block and offset group in images of offsets (2 parts) or of masks (1 part), a view."""
+    n, rows, columns = block
     size = g.taps * parts
-    return image[group * size : (group + 1) * size].reshape(g.taps, parts, g.out_pixels)
+    own = images[n, group * size : (group + 1) * size, rows, columns]
+    return own.reshape(g.taps, parts, *own.shape[1:]).transpose(2, 3, 0, 1)
 
 
 def _sampler(g: Geometry, offset: np.ndarray, mask: Any, block: Block, group: int, dtype: type) -> Sampler:
-    """Samples at (Q, K): each output pixel's taps."""
-    n, part = block
-    pixel, tap = np.divmod(np.arange(part.start, part.stop), g.out_width), np.divmod(np.arange(g.taps), g.kernel[1])
-    places = np.empty((2, part.stop - part.start, g.taps), dtype)
-    for axis in (0, 1):
-        first = pixel[axis] * g.stride[axis] - g.padding[axis]
-        places[axis] = first[:, None] + tap[axis] * g.dilation[axis]
-    shift: np.ndarray = _taps(g, offset[n], group, 2)[:, :, part].astype(dtype, copy=False)
-    places += shift.transpose(1, 2, 0)
-    modulation: Any = None if mask is None else _taps(g, mask[n], group, 1)[:, 0, part].T.astype(dtype, copy=False)
+    """Samples at (h, w, K): each output pixel's taps."""
+    tap = np.divmod(np.arange(g.taps), g.kernel[1])
+    shift = _taps(g, offset, block, group, 2)
+    places = np.empty((2, *shift.shape[:3]), dtype)
+    for axis, some in enumerate(block[1:]):
+        first = np.arange(some.start, some.stop) * g.stride[axis] - g.padding[axis]
+        window = first[:, None] + tap[axis] * g.dilation[axis]
+        places[axis] = window[:, None] if axis == 0 else window
+        places[axis] += shift[..., axis]
+    modulation: Any = None if mask is None else _taps(g, mask, block, group, 1)[..., 0].astype(dtype, copy=False)
     return Sampler(places, g.height, g.width, modulation)
 
 
 def _matrix(g: Geometry, weight: np.ndarray, dtype: type) -> np.ndarray:
     """(groups, K * C_in / groups, C_out / groups)"""
-    split = weight.reshape(g.groups, g.out_channels // g.groups, -1, g.taps).transpose(0, 3, 2, 1)
+    split = weight.reshape(g.groups, g.out_channels // g.groups, -1, *g.kernel).transpose(0, 3, 4, 2, 1)
     return np.ascontiguousarray(split, dtype).reshape(g.groups, -1, g.out_channels // g.groups)
 
 

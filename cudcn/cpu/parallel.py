@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import ctypes
 import functools
+import itertools
 import math
 import os
 import pathlib
@@ -140,6 +141,15 @@ def batches(images: int, size: int) -> Iterator[range]:
     """The images to hold at a time, of `size` bytes each."""
     step = max(1, HELD // max(1, size))
     return (range(n, min(n + step, images)) for n in range(0, images, step))
+
+
+def tiles(height: int, width: int, size: int) -> list[tuple[slice, slice]]:
+    """Rows and columns of tiles that have about `size` places: some rows, or part of one row."""
+    down, across = max(1, min(height, round(size / width))), max(1, min(width, size))
+    return [
+        (slice(y, min(y + down, height)), slice(x, min(x + across, width)))
+        for y, x in itertools.product(range(0, height, down), range(0, width, across))
+    ]
 
 
 @functools.cache

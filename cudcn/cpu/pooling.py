@@ -149,8 +149,8 @@ def _classes(g: Geometry, rois: Any) -> Iterator[tuple[int, np.ndarray, int]]:
 
 
 def _groups(g: Geometry, chosen: np.ndarray) -> Iterator[np.ndarray]:
-    """Rois of about as many bins as are located at a time, or one that has more."""
-    step = max(1, _BINS // math.prod(g.output_size))
+    """Rois of about as many bins, and parts, as are located at a time, or one that has more."""
+    step = max(1, _BINS // max(math.prod(g.output_size), math.prod(g.part_size)))
     return (chosen[roi : roi + step] for roi in range(0, len(chosen), step))
 
 

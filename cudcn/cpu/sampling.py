@@ -1,8 +1,7 @@
 """Bilinear sampling as a sparse matrix: each row holds the four weights of one sample, or of several.
 
-Its product with the pixels samples, its transpose scatters gradients. Pixels have a border of zeros that stands for all
-that is outside the image, so no corner needs a test of its own and a NaN in the image stays where it is. Samples that
-are left out lie in the border too.
+Its product with the pixels samples, its transpose scatters gradients. One pixel of zeros before the others stands for
+all that is outside the image, so that a NaN in the image stays where it is. Samples that are left out lie there too.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from scipy.sparse import csr_array
 
 from .parallel import Team
 
-_BORDER = 1  # on each side
-_STRIP = 1 << 20  # bytes copied at a time
 _SHARE = 4 << 20  # bytes of sums that a thread leaves to be added up
 _GATHERED = 1 << 20  # bytes of pixels copied at a time: more would leave the cache
 _FEW = 16  # blocks whose shares may be summed in float32
@@ -30,34 +27,13 @@ def sums_of(blocks: int, dtype: type) -> type:
     return dtype if blocks <= _FEW else np.float64
 
 
-def padded(workers: Team, images: Sequence[np.ndarray], dtype: type) -> list[np.ndarray]:
-    """(pixels, C) of each image (H, W, C) with its border."""
-    grids = [np.empty((len(i) + 2 * _BORDER, i.shape[1] + 2 * _BORDER, i.shape[2]), dtype) for i in images]
-
-    def fill(strip: tuple[np.ndarray, np.ndarray, int, int]) -> None:
-        grid, image, start, stop = strip
-        grid[start:stop] = 0  # more than the border: what has just been zeroed is in the cache when it is written
-        part = image[max(0, start - _BORDER) : stop - _BORDER]
-        grid[max(start, _BORDER) :][: len(part), _BORDER:-_BORDER] = part
-
-    strips = []
-    for grid, image in zip(grids, images, strict=True):
-        step = max(1, _STRIP * len(grid) // grid.nbytes)
-        strips += [(grid, image, row, row + step) for row in range(0, len(grid), step)]
-    for _ in workers.ordered(fill, strips):
-        pass
-    return [grid.reshape(-1, grid.shape[2]) for grid in grids]
-
-
-def zeros(height: int, width: int, channels: int, dtype: type) -> np.ndarray:
-    """(pixels, C) of an image and its border."""
-    return np.zeros(((height + 2 * _BORDER) * (width + 2 * _BORDER), channels), dtype)
-
-
-def interior(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, C), a view of the image inside its border."""
-    grid = pixels.reshape(height + 2 * _BORDER, width + 2 * _BORDER, -1)
-    return grid[_BORDER : _BORDER + height, _BORDER : _BORDER + width]
+def flattened(workers: Team, images: Sequence[np.ndarray], dtype: type) -> list[np.ndarray]:
+    """(1 + pixels, C) of each image (..., C): a pixel of zeros, then the image's."""
+    pixels: list[np.ndarray] = [np.empty((1 + math.prod(image.shape[:-1]), image.shape[-1]), dtype) for image in images]
+    for each in pixels:
+        each[0] = 0
+    workers.copy((each[1:].reshape(image.shape), image) for each, image in zip(pixels, images, strict=True))
+    return pixels
 
 
 class Share(NamedTuple):
@@ -69,8 +45,8 @@ class Sampler:
     """The sampling operator at `places` (2, ...), y and x in pixels, of an image (height, width).
 
     Each row sums `points` places, in C order, each times its `modulation`. With several `planes`, an axis of `places`
-    before its last counts them, and the pixels of all planes at (y, x) are rows one after another, as in
-    (pixels, planes * C).
+    before its last counts them. The pixel of plane p at (y, x) is number first + (y * width + x) * stride + p of those
+    that are sampled, not counting the pixel of zeros before them. `places` may be written to.
 
     A place is outside where it is <= -1 or >= the size along either axis, NaN or infinite. Its sample is left out
     whatever its modulation is. One at exactly -1 has slopes all the same, those of the cell [-1, 0].
@@ -84,41 +60,55 @@ class Sampler:
         modulation: np.ndarray | None,
         points: int = 1,
         planes: int = 1,
+        stride: int = 1,
+        first: int = 0,
     ) -> None:
-        flat = places.reshape(2, -1)
-        before_end = flat < _ends(height, width, places.dtype)
-        sloped: np.ndarray = np.logical_and(*((flat >= -1) & before_end))  # NaN is not
-        self.counted: np.ndarray = np.logical_and(*((flat > -1) & before_end))
-        self._outside = np.flatnonzero(~sloped)
+        flat, dtype = places.reshape(2, -1), places.dtype
+        inner: np.ndarray = np.logical_and(*((flat >= 0) & (flat < _ends(height - 1, width - 1, dtype))))  # NaN is not
+        rim = np.flatnonzero(~inner)  # places with corners outside
+        before_end = flat[:, rim] < _ends(height, width, dtype)
+        sloped = np.logical_and(*((flat[:, rim] >= -1) & before_end))
+        self._outside = rim[~sloped]
+        self._left_out = rim[~np.logical_and(*((flat[:, rim] > -1) & before_end))]
         if self._outside.size:  # to some place that is not
-            flat = np.where(sloped, flat, flat[:, sloped.argmax(), None] if sloped.any() else -1)
+            place = inner.argmax() if rim.size < inner.size else rim[sloped.argmax()]
+            flat[:, self._outside] = flat[:, place, None] if self._outside.size < inner.size else 0
         cell = np.floor(flat)
         self._y, self._x = flat - cell
 
-        # The corners' numbers count from the border of the first row that is touched. Number 0 stands for all that has
-        # no corners.
-        columns = (width + 2 * _BORDER) * planes
-        first, end = int(cell[0].min()) + _BORDER, int(cell[0].max()) + _BORDER + 2
-        self._touched = slice(first * columns, end * columns)
-        index = np.int32 if max(end * columns, 4 * flat.shape[1]) < 2**31 else np.int64
+        row = width * stride
+        top_row, end_row = max(0, int(cell[0].min())), min(height, int(cell[0].max()) + 2)
+        self._touched = slice(first + top_row * row, first + (end_row - 1) * row + (width - 1) * stride + planes)
+        index = np.int32 if max(first + (height + 1) * row, 4 * flat.shape[1]) < 2**31 else np.int64
         top, left = cell.astype(index)
-        top *= index(columns)
-        left *= index(planes)
+        outside = _corners_outside(top[rim], left[rim], height, width)
+        outside[~sloped] = True
+        top *= index(row)
+        left *= index(stride)
         top += left
-        shift: np.ndarray = np.arange(planes)[:, None] + _BORDER * (columns + planes) - first * columns
-        top_left = (top.reshape(-1, planes, places.shape[-1]) + shift.astype(index)).ravel()
+        shift = np.arange(1 + first, 1 + first + planes, dtype=index)
+        top_left = (top.reshape(-1, planes, places.shape[-1]) + shift[:, None]).ravel()
         self._corners = np.empty((top_left.size, 4), index)
-        for corner, step in enumerate((0, planes, columns, columns + planes)):
+        for corner, step in enumerate((0, stride, row, row + stride)):
             np.add(top_left, index(step), out=self._corners[:, corner])
-        self._corners[self._outside] = 0
+        self._corners[rim] = np.where(outside, 0, self._corners[rim])
+        self._rim = rim
         self._rows = 4 * points * np.arange(top_left.size // points + 1, dtype=index)
         self._points = points
         self._modulation = None if modulation is None else modulation.ravel()
         self._made: csr_array | None = None
 
     @property
+    def counted(self) -> np.ndarray:
+        """(samples,): whether each is not left out."""
+        counted = np.ones(len(self._corners), bool)
+        counted[self._left_out] = False
+        return counted
+
+    @property
     def _operator(self) -> csr_array:
-        """(rows, pixels touched), made once; a cached_property's lock would be shared by all threads, and by a fork."""
+        """(rows, pixels to the last one touched), made once; a cached_property's lock would be shared by all threads,
+        and by a fork."""
         if self._made is None:
             self._made = self._make()
         return self._made
@@ -127,22 +117,24 @@ class Sampler:
         bottom, right = self._y, self._x
         top, left = 1 - bottom, 1 - right
         if self._modulation is not None:
-            modulation = np.where(self.counted, self._modulation, 0)
+            modulation = self._modulation
+            if self._left_out.size:
+                modulation = modulation.copy()
+                modulation[self._left_out] = 0
             top, bottom = top * modulation, bottom * modulation
         weights = np.empty(self._corners.shape, self._y.dtype)
         for corner, (row, column) in enumerate(((top, left), (top, right), (bottom, left), (bottom, right))):
             np.multiply(row, column, out=weights[:, corner])
         corners = self._corners
-        left_out = np.flatnonzero(~self.counted)
-        if left_out.size > self._outside.size:
+        if self._left_out.size > self._outside.size:
             corners = corners.copy()
-            corners[left_out] = 0  # at -1 too: the pixels beside may be NaN
-        shape = len(self._rows) - 1, self._touched.stop - self._touched.start
+            corners[self._left_out] = 0  # at -1 too: the pixels beside may be NaN
+        shape = len(self._rows) - 1, 1 + self._touched.stop
         return csr_array((weights.ravel(), corners.ravel(), self._rows), shape=shape)
 
     def sums(self, pixels: np.ndarray) -> np.ndarray:
         """(rows, C): the sum of each row's samples."""
-        operator, pixels = self._operator, pixels[self._touched]
+        operator, pixels = self._operator, pixels[: 1 + self._touched.stop]
         runs = math.ceil(4 * self._points / _RUN)
         if runs == 1:
             return operator @ pixels
@@ -152,33 +144,38 @@ class Sampler:
         total = parts.reshape(-1, runs, pixels.shape[1]).sum(axis=1, dtype=np.float64)
         return total.astype(pixels.dtype, copy=False)
 
-    def scattered(self, vectors: np.ndarray) -> Iterable[Share]:
+    def scattered(self, vectors: np.ndarray, samplers: int = 1) -> Iterable[Share]:
         """The samples' shares in the vectors of their rows, summed for each pixel that they touch.
 
-        Many are not computed before they are asked for, and then some channels at a time.
+        Many are not computed before they are asked for, and then some channels at a time. So are those of one of many
+        `samplers` together.
         """
-        weights, corners, width = self._operator.data, self._operator.indices, self._operator.shape[1]
+        weights, start = self._operator.data, self._touched.start
+        corners, width = self._operator.indices - start, 1 + self._touched.stop - start
+        np.maximum(corners, 0, out=corners)
         touched: slice | np.ndarray = self._touched
         if width > corners.size:  # few of the pixels in the rows between the first and the last one
             numbers, corners = np.unique(np.append(0, corners), return_inverse=True)  # 0 remains 0
-            touched, width = numbers + self._touched.start, len(numbers)
+            touched, width = numbers[1:] + (start - 1), len(numbers)
             corners = corners[1:].astype(self._rows.dtype)
-        samples_of_a_cell = np.bincount(corners[::4][self.counted])
+        last = corners[3::4].copy()  # or any other: neighbours of a heap have one too
+        last[self._rim] = corners.reshape(-1, 4)[self._rim].max(axis=1)
+        samples_of_a_cell = np.bincount(last)[1:]
         if vectors.dtype == np.float32 and 4 * samples_of_a_cell.max(initial=0) > _RUN:
             weights, vectors = weights.astype(np.float64), vectors.astype(np.float64)
         scatter = csr_array((weights, corners, self._rows), shape=(len(self._rows) - 1, width)).T
+        if width * vectors.shape[1] * vectors.itemsize * samplers <= _SHARE:
+            return [Share((touched, slice(None)), (scatter @ vectors)[1:])]
         step = max(1, _SHARE // (width * vectors.itemsize))
-        if step >= vectors.shape[1]:
-            return [Share((touched, slice(None)), scatter @ vectors)]
         channels = (slice(c, c + step) for c in range(0, vectors.shape[1], step))
-        return (Share((touched, some), scatter @ vectors[:, some]) for some in channels)
+        return (Share((touched, some), (scatter @ vectors[:, some])[1:]) for some in channels)
 
     def products(self, pixels: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each row's vector with the values at its places, and with their modulated slopes along y and x.
 
         Each (rows, points).
         """
-        corners, pixels = self._corners.reshape(len(vectors), -1), pixels[self._touched]
+        corners = self._corners.reshape(len(vectors), -1)
         products = np.empty((*corners.shape, 1), pixels.dtype)
         step = max(1, _GATHERED // (corners.shape[1] * pixels[:1].nbytes))
         gathered = np.empty((min(step, len(vectors)), corners.shape[1], pixels.shape[1]), pixels.dtype)
@@ -191,11 +188,18 @@ class Sampler:
         slope_y = (bottom_left - top_left) + self._x * (bottom - top)
         slope_x = top + self._y * (bottom - top)
         value = top_left + self._x * top + self._y * slope_y
-        value[~self.counted] = 0
+        value[self._left_out] = 0
         if self._modulation is not None:
             slope_y, slope_x = slope_y * self._modulation, slope_x * self._modulation
         slope_y[self._outside] = slope_x[self._outside] = 0
         return tuple(product.reshape(len(vectors), -1) for product in (value, slope_y, slope_x))
+
+
+def _corners_outside(top: np.ndarray, left: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(cells, 4): whether the image lacks the corner at the top left, top right, bottom left, bottom right."""
+    rows = np.stack([top < 0, top + 1 >= height], axis=1)
+    columns = np.stack([left < 0, left + 1 >= width], axis=1)
+    return (rows[:, :, None] | columns[:, None]).reshape(-1, 4)
 
 
 @functools.lru_cache

@@ -88,16 +88,13 @@ class Windows:
     def images(self, input: np.ndarray, *_: np.ndarray) -> list[Level]:
         return [Level(0, self.height, self.width)]
 
-    def plane(self, image: np.ndarray, level: Level) -> np.ndarray:
-        return image
-
-    def origin(self, axis: int, rows: slice, dtype: type) -> Any:
+    def origin(self, axis: int, queries: slice, points: slice, dtype: type) -> Any:
         """Where samples lie with offsets of 0, y (axis 0) or x of them, broadcasting to (*queries, G, P)."""
         tap = np.arange(self.points + self.remove_center)
         if self.remove_center:
             tap = np.delete(tap, self.points // 2)
-        tap = np.divmod(tap, self.kernel[0])[1 - axis] * self.dilation[axis] - self.center[axis]
-        query = np.arange(rows.start, rows.stop) if axis == 0 else np.arange(self.queries[1])
+        tap = np.divmod(tap[points], self.kernel[0])[1 - axis] * self.dilation[axis] - self.center[axis]
+        query = np.arange(queries.start, queries.stop)
         middle: np.ndarray = (query * self.stride[axis] - self.padding[axis] + self.center[axis]).astype(dtype)
         around = tap.astype(dtype) * dtype(self.offset_scale)
         return middle.reshape((-1, 1, 1, 1) if axis == 0 else (-1, 1, 1)) + around
@@ -205,11 +202,7 @@ class Attention:
                 )
         return levels
 
-    def plane(self, image: np.ndarray, level: Level) -> np.ndarray:
-        pixels = image[level.first : level.first + level.height * level.width]
-        return pixels.reshape(level.height, level.width, *image.shape[1:])
-
-    def origin(self, axis: int, rows: slice, dtype: type) -> Any:
+    def origin(self, axis: int, queries: slice, points: slice, dtype: type) -> Any:
         """Locations begin at the upper left edge of the first pixel, half a pixel before its centre."""
         return dtype(-0.5)
 
