@@ -10,17 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from .dtypes import DTYPES
+
 Pair = int | Sequence[int]  # one number, or (h, w)
 Padding = int | Sequence[int] | Sequence[Sequence[int]]  # one number, (h, w), or ((top, bottom), (left, right))
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
-HALVES = ("float16", "bfloat16")
 LARGEST = 2**31 - 1
-
-
-def arithmetic(array: Any) -> type:
-    """The type of positions and sums for an array's dtype: `arithmetic_t` of bilinear.cuh."""
-    return np.float64 if array.dtype == np.float64 else np.float32
 
 
 def _shown(value: Any) -> str:
@@ -96,8 +91,9 @@ def rank(op: str, name: str, spec: Any, axes: str) -> None:
 
 
 def floating(op: str, name: str, spec: Any) -> None:
-    if spec.dtype not in FLOATS:
-        raise TypeError(f"{op}: {name} must be {', '.join(FLOATS[:-1])} or {FLOATS[-1]}, got {spec.dtype}")
+    if spec.dtype not in DTYPES:
+        *names, last = DTYPES
+        raise TypeError(f"{op}: {name} must be {', '.join(names)} or {last}, got {spec.dtype}")
 
 
 def indices(op: str, name: str, spec: Any) -> None:
@@ -107,10 +103,10 @@ def indices(op: str, name: str, spec: Any) -> None:
 
 def same_dtype(op: str, name: str, spec: Any, dtype: str, *, like: str = "input", or_float32: bool = False) -> None:
     """`or_float32`: for positions and modulation, which half types are too coarse for."""
-    if spec.dtype == dtype or (or_float32 and dtype in HALVES and spec.dtype == "float32"):
-        return
-    rule = f"{dtype} like {like}" + (" (or float32)" if or_float32 and dtype in HALVES else "")
-    raise TypeError(f"{op}: {name} must be {rule}, got {spec.dtype}")
+    float32_too = or_float32 and DTYPES[dtype].half
+    if spec.dtype != dtype and not (float32_too and spec.dtype == "float32"):
+        rule = f"{dtype} like {like}" + (" (or float32)" if float32_too else "")
+        raise TypeError(f"{op}: {name} must be {rule}, got {spec.dtype}")
 
 
 def shape(op: str, name: str, spec: Any, axes: str, want: tuple[int, ...]) -> None:

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import sources
+from . import dtypes, sources
 
-CTYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float", "float64": "double"}
 WORKSPACE = 64 << 20  # bytes of scratch memory for one call, unless a single image needs more
 LARGEST_GRID = 2**31 - 1
 
@@ -31,7 +30,7 @@ class Kernel(NamedTuple):
 
 
 def ctype(array: Any) -> str:
-    return CTYPES[str(array.dtype)]
+    return dtypes.of(array).ctype
 
 
 def address(array: Any) -> int:

@@ -11,8 +11,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 from . import sources
-from .cuda import aggregate, deform_conv2d, pooling
 from .launch import Kernel, compile_options
+from .ops import OPS
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 
@@ -28,7 +28,7 @@ class Resources(NamedTuple):
 
 def kernels() -> list[Kernel]:
     """Every instance of every operator."""
-    return [*deform_conv2d.kernels(), *aggregate.kernels(), *pooling.kernels()]
+    return [kernel for family in dict.fromkeys(op.cuda for op in OPS) for kernel in family.kernels()]
 
 
 def compile_kernels(source: Path, expressions: Sequence[str], architecture: str) -> dict[str, Resources]:

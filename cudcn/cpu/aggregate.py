@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..check import arithmetic
+from ..dtypes import arithmetic
 from .parallel import HELD, Team, batches, team, tiles
 from .sampling import Sampler, Share, flattened, sums_of
 

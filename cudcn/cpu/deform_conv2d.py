@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..check import arithmetic
+from ..dtypes import arithmetic
 from .parallel import HELD, Team, batches, team, tiles
 from .sampling import Sampler, flattened, sums_of
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from ..check import arithmetic
+from ..dtypes import arithmetic
 from .bins import Bins, Line, spans, starts
 from .parallel import team
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import launch, sources
-from ..check import LARGEST, arithmetic
-from ..launch import CTYPES, Kernel, address, ctype
+from .. import dtypes, launch, sources
+from ..check import LARGEST
+from ..dtypes import arithmetic
+from ..launch import Kernel, address, ctype
 
 if TYPE_CHECKING:
     from ..ops.aggregate import Geometry
@@ -29,11 +30,11 @@ _LEVELS = sources.Struct("aggregate", "Levels")
 
 def kernels() -> list[Kernel]:
     """Every instance that these operators can launch."""
-    types = [(t, o) for t in ("float16", "bfloat16") for o in (t, "float32")] + [("float32",) * 2, ("float64",) * 2]
     return [
-        _kernel(name, CTYPES[t], CTYPES[o], source, vector)
-        for name, (t, o), source in itertools.product(("forward", "backward"), types, ("Taps", "Levels"))
-        for vector in _vectors({"float32": 4, "float64": 8}.get(t, 2))
+        _kernel(name, data.ctype, places.ctype, source, vector)
+        for name, source in itertools.product(("forward", "backward"), ("Taps", "Levels"))
+        for data, places in dtypes.together(1)
+        for vector in _vectors(data.size)
     ]
 
 
@@ -50,8 +51,8 @@ def backward(g: Geometry, grads: Any, grad_output: Any, *tensors: Any) -> None:
     with launch.device(grad_output) as device:
         call = _Call(g, device, tensors)
         wanted = [grads[0], *grads[-1 if g.packed else -2 :]]
-        dtypes = [arithmetic(tensors[0]), call.places.dtype, call.places.dtype]
-        targets = [call.target(grad, dtype) for grad, dtype in zip(wanted, dtypes, strict=False)]
+        sums = [arithmetic(tensors[0]), call.places.dtype, call.places.dtype]
+        targets = [call.target(grad, dtype) for grad, dtype in zip(wanted, sums, strict=False)]
         if targets[0] is not None:
             targets[0].fill(0)
         if (unused := g.unused(*targets)) is not None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import launch, sources
-from ..check import arithmetic
-from ..launch import CTYPES, Kernel, ctype, strides
+from .. import dtypes, launch, sources
+from ..dtypes import DTYPES, arithmetic
+from ..launch import Kernel, ctype, strides
 
 if TYPE_CHECKING:
     from ..ops.deform_conv2d import Geometry
@@ -28,15 +28,13 @@ _PIXELS = sources.Struct("deform_conv2d", "Pixels")
 
 def kernels() -> list[Kernel]:
     """Every instance that this operator can launch."""
-    halves = [(t, o, m) for t in ("float16", "bfloat16") for o in (t, "float32") for m in (t, "float32")]
-    dtypes = [*halves, ("float32",) * 3, ("float64",) * 3]
     by_columns = [
-        _kernel(name, tuple(CTYPES[d] for d in types), last)
+        _kernel(name, tuple(dtype.ctype for dtype in types), last)
         for name, types, last in itertools.product(
-            ("sample", "backward_input", "backward_offset"), dtypes, (False, True)
+            ("sample", "backward_input", "backward_offset"), dtypes.together(2), (False, True)
         )
     ]
-    return by_columns + [_pixel_sums(*pair) for t in CTYPES for pair in {(t, "float64"), ("float64", t)}]
+    return by_columns + [_pixel_sums(*pair) for t in DTYPES for pair in {(t, "float64"), ("float64", t)}]
 
 
 def forward(g: Geometry, out: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> None:
@@ -65,7 +63,7 @@ def backward(
         matrix = columns.weights(weight)
         if grad_weight is not None:
             weight_sums = device.xp.zeros((g.groups, *matrix.shape[1:]), sums)
-        image_sums = g.channels * g.height * g.width * 4 if input.itemsize == 2 else 0
+        image_sums = g.channels * g.height * g.width * 4 if dtypes.of(input).half else 0
         for images in columns.chunks(sums, _product_bytes(g, input) + image_sums):
             grad_product = _as_matrices(g, grad_output[images])
             if any(grad is not None for grad in (grad_input, grad_offset, grad_mask)):
@@ -276,4 +274,4 @@ def _sum_pixels(device: Any, images: Any, sums: Any) -> None:
 
 
 def _pixel_sums(dtype: str, sums: str) -> Kernel:
-    return Kernel("deform_conv2d", f"deform_conv2d_backward_bias<{CTYPES[dtype]}, {CTYPES[sums]}>")
+    return Kernel("deform_conv2d", f"deform_conv2d_backward_bias<{DTYPES[dtype].ctype}, {DTYPES[sums].ctype}>")

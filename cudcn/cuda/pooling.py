@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import launch, sources
-from ..check import arithmetic
-from ..launch import CTYPES, Kernel, strides
+from ..dtypes import DTYPES, arithmetic
+from ..launch import Kernel, ctype, strides
 
 if TYPE_CHECKING:
     from ..ops.pooling import Geometry
@@ -26,7 +26,7 @@ def kernels() -> list[Kernel]:
     kinds = ("Average", "DeformRoI", "DeformPSRoI")
     names = [*itertools.product(("pool", "pool_backward_input"), kinds)]
     names += [("pool_backward_offset", kind) for kind in kinds[1:]]
-    return [_kernel(name, dtype, kind) for (name, kind), dtype in itertools.product(names, CTYPES)]
+    return [_kernel(name, dtype.ctype, kind) for (name, kind), dtype in itertools.product(names, DTYPES.values())]
 
 
 def forward(g: Geometry, out: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None) -> None:
@@ -126,9 +126,9 @@ def _launch(device: Any, g: Geometry, name: str, input: Any, last: bool, lanes: 
         samples=g.samples, channels_last=last, tiles=tiles, slabs=slabs,
     )  # fmt: skip
     block = (lanes, bins) if last else (bins, lanes)
-    kernel = _kernel(name, str(input.dtype), g.bins)
+    kernel = _kernel(name, ctype(input), g.bins)
     device.launch(kernel, grid, block, *args, pooling)
 
 
 def _kernel(name: str, dtype: str, kind: str) -> Kernel:
-    return Kernel("pooling", f"{name}<{CTYPES[dtype]}, {kind}>")
+    return Kernel("pooling", f"{name}<{dtype}, {kind}>")
