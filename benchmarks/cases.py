@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cudcn.op import Op, spec
+from cudcn.op import Op, specs
 
 Tensors = dict[str, np.ndarray]
 
@@ -37,11 +37,12 @@ class Case:
     def specs(self) -> dict[str, Any]:
         """Shape and dtype of each tensor, None for those left out."""
         given = self.tensors()
-        return {name: spec(given.get(name)) for name in self.op.tensors}
+        return dict(zip(self.op.tensors, specs(map(given.get, self.op.tensors)), strict=True))
 
     @property
     def output(self) -> tuple[int, ...]:
-        return self.op.plan(tuple(self.specs.values()), **self.op.canonical(**self.attributes)).output.shape
+        attributes = self.op.canonical(**{**self.op.function.__kwdefaults__, **self.attributes})
+        return self.op.plan(tuple(self.specs.values()), **attributes).output.shape
 
     def grad_output(self, seed: int = 1) -> np.ndarray:
         return np.random.default_rng(seed).standard_normal(self.output, np.float32)

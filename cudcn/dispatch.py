@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -12,45 +14,48 @@ import numpy as np
 
 _CPU = 1  # DLPack's device types
 _CUDA = 2
+# The class of arrays, by the module that has it; JAX's last, as its isinstance is slow.
+_CLASSES = {"torch": "Tensor", "numpy": "ndarray", "cupy": "ndarray", "jax": "Array"}
 
 
-def framework(op: str, names: Mapping[str, bool], tensors: Sequence[Any], constants: Sequence[str] = ()) -> str:
-    """'numpy', 'cupy', 'torch', 'jax' or 'dlpack'; TypeError unless all tensors agree, ValueError on devices.
+def framework(op: str, names: Mapping[str, bool], tensors: Sequence[Any], constants: Sequence[str]) -> str:
+    """A module of _CLASSES, or 'dlpack'; TypeError unless all tensors agree, ValueError on devices.
 
-    `names` says of each tensor whether it can be None; those in `constants` may be NumPy arrays beside others.
+    `names` says of each tensor whether it can be None; those in `constants` may be NumPy arrays beside tensors that
+    an adapter carries.
     """
-    for (name, optional), tensor in zip(names.items(), tensors, strict=True):
-        if tensor is None and not optional:
+    given = {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
+    for name, optional in names.items():
+        if not optional and name not in given:
             raise TypeError(f"{op}: {name} is required, got None")
-    given = [(name, t) for name, t in zip(names, tensors, strict=True) if t is not None]
-    kinds = {name: _kind(op, name, t) for name, t in given}
-    given = [(name, t) for name, t in given if not (name in constants and kinds[name] == "numpy")] or given
-    if len({kinds[name] for name, _ in given}) > 1:
+    kinds = {name: kind(op, name, tensor) for name, tensor in given.items()}
+    found = next(iter(kinds.values()))
+    for name in constants:
+        if kinds.get(name) == "numpy" and adapter(found):
+            del kinds[name], given[name]
+    if any(other != found for other in kinds.values()):
         raise TypeError(f"{op}: all tensors must be of one framework, got {_listed(kinds)}")
-    places = {name: _place(op, name, t) for name, t in given}
+    places = {name: _place(op, name, tensor) for name, tensor in given.items()}
     if len(set(places.values())) > 1:
         raise ValueError(f"{op}: all tensors must be on one device, got {_listed(places)}")
-    return kinds[given[0][0]]
+    return found
 
 
 def _listed(items: dict[str, Any]) -> str:
     return ", ".join(f"{name}: {value}" for name, value in items.items())
 
 
-def _kind(op: str, name: str, tensor: Any) -> str:
-    for kind in "numpy", "cupy":
-        if _is(tensor, kind, "ndarray"):
+def kind(op: str, name: str, tensor: Any) -> str:
+    """The framework of one tensor."""
+    for module, array in _CLASSES.items():
+        if _is(tensor, module):
             # a mask or a unit would be dropped in silence; a memmap has nothing that its elements do not say
-            if type(tensor) not in (sys.modules[kind].ndarray, np.memmap):
+            if array == "ndarray" and type(tensor) not in (sys.modules[module].ndarray, np.memmap):
                 raise TypeError(
                     f"{op}: {name} must be a plain array, got a {type(tensor).__name__}; "
-                    f"{kind}.asarray makes one of its elements"
+                    f"{module}.asarray makes one of its elements"
                 )
-            return kind
-    if _is(tensor, "torch", "Tensor"):
-        return "torch"
-    if _is(tensor, "jax", "Array"):
-        return "jax"
+            return module
     if hasattr(tensor, "__dlpack__") and hasattr(tensor, "__dlpack_device__"):
         return "dlpack"
     raise TypeError(
@@ -58,18 +63,18 @@ def _kind(op: str, name: str, tensor: Any) -> str:
     )
 
 
-def _is(tensor: Any, module: str, name: str) -> bool:
+def _is(tensor: Any, module: str) -> bool:
     """isinstance without the import: an array of a framework exists only where that framework is loaded."""
-    cls = getattr(sys.modules.get(module), name, None)
+    cls = getattr(sys.modules.get(module), _CLASSES[module], None)
     return cls is not None and isinstance(tensor, cls)
 
 
-def _place(op: str, name: str, tensor: Any) -> str | None:
+def _place(op: str, name: str, tensor: Any) -> Any:
     """The tensor's device; None for JAX, which places arrays itself (and whose tracers have none)."""
-    if isinstance(tensor, np.ndarray) or _is(tensor, "jax", "Array"):
+    if _is(tensor, "torch"):
+        return tensor.device
+    if isinstance(tensor, np.ndarray) or _is(tensor, "jax"):
         return None
-    if _is(tensor, "torch", "Tensor"):
-        return str(tensor.device)
     try:
         kind, index = map(int, tensor.__dlpack_device__())
     except Exception as error:  # somebody else's code: it may raise anything
@@ -79,22 +84,38 @@ def _place(op: str, name: str, tensor: Any) -> str | None:
     return "cpu" if kind == _CPU else f"cuda:{index}"
 
 
-def adapter(tensor: Any) -> ModuleType | None:
-    """The module that carries a differentiable framework's tensors, and checks them; None for raw arrays."""
-    if _is(tensor, "torch", "Tensor"):
+def adapter(framework: str) -> ModuleType | None:
+    """The module with `run` and `run_backward` for a framework's tensors; None for raw arrays."""
+    if framework == "torch":
         import cudcn.torch
 
         return cudcn.torch
-    if _is(tensor, "jax", "Array"):
+    if framework == "jax":
         import cudcn.jax
 
         return cudcn.jax
     return None
 
 
+def only(framework: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A public function for the tensors of one framework; what it takes first says which they are of."""
+    first = next(iter(inspect.signature(function).parameters))
+    name, module = function.__name__, f"cudcn.{framework}"
+
+    @functools.wraps(function)
+    def checked(*tensors: Any, **keywords: Any) -> Any:
+        tensor = tensors[0] if tensors else keywords.get(first)
+        if tensor is not None and not _is(tensor, framework):
+            raise TypeError(f"{name}: {module} takes tensors of {framework}, got {kind(name, first, tensor)}")
+        return function(*tensors, **keywords)
+
+    checked.__module__ = module  # where pickle finds it
+    return checked
+
+
 def array(op: str, name: str, tensor: Any) -> Any:
     """A NumPy or CuPy array over the memory of a tensor that has passed `framework`."""
-    if tensor is None or type(tensor) is np.ndarray or _is(tensor, "cupy", "ndarray"):
+    if tensor is None or type(tensor) is np.ndarray or _is(tensor, "cupy"):
         return tensor
     if isinstance(tensor, np.ndarray):
         return np.asarray(tensor)  # of a memmap the array below it

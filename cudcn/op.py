@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,8 +19,9 @@ class Spec(NamedTuple):
     dtype: str
 
 
-def spec(tensor: Any) -> Spec | None:
-    return None if tensor is None else Spec(tuple(tensor.shape), _dtype_name(tensor.dtype))
+def specs(tensors: Iterable[Any]) -> tuple[Any, ...]:
+    """A Spec for each tensor; None for one that is None."""
+    return tuple(None if t is None else Spec(tuple(t.shape), _dtype_name(t.dtype)) for t in tensors)
 
 
 @functools.cache
@@ -28,42 +29,13 @@ def _dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def by_position(
-    name: str,
-    names: Mapping[str, bool],
-    attributes: Mapping[str, bool],
-    frameworks: Sequence[str],
-    tensors: tuple[Any, ...],
-    keywords: dict[str, Any],
-    constants: Sequence[str] = (),
-) -> tuple[Any, ...]:
-    """An adapter's tensors in order, those given by name taken out of `keywords`. torch.compile traces this.
-
-    `names` and `attributes` say of each tensor and attribute whether it can be left out; `constants` names the
-    tensors that may be NumPy arrays beside another framework's.
-    """
-    if len(tensors) > len(names):
-        raise TypeError(f"{name}: takes {len(names)} tensors by position, got {len(tensors)}")
-    tensors += tuple(keywords.pop(n, None) for n in list(names)[len(tensors) :])
-    for keyword in keywords:
-        if keyword not in attributes:
-            raise TypeError(f"{name}: got {keyword!r}, which is no attribute, or a tensor given twice")
-    for attribute, optional in attributes.items():
-        if not optional and attribute not in keywords:
-            raise TypeError(f"{name}: {attribute} is required")
-    framework = dispatch.framework(name, names, tensors, constants)
-    if framework not in frameworks:
-        raise TypeError(f"{name}: cudcn.{frameworks[0]} takes tensors of {frameworks[0]}, got {framework}")
-    return tensors
-
-
-def spread(flags: Sequence[bool], arrays: Iterable[Any]) -> list[Any]:
+def spread(flags: Iterable[Any], arrays: Iterable[Any]) -> list[Any]:
     """The arrays at the places that are flagged, None at the others."""
     rest = iter(arrays)
     return [next(rest) if flag else None for flag in flags]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Op:
     """A pair of raw functions and the rules around it.
 
@@ -107,12 +79,6 @@ class Op:
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
 
-    @functools.cached_property
-    def optional_attributes(self) -> dict[str, bool]:
-        """Each attribute's name, and whether it can be left out."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return {p.name: p.default is not p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
-
     def differentiable(self, tensors: Sequence[Any]) -> list[bool]:
         """Of which tensors there is a gradient."""
         return [t is not None and name not in self.constants for name, t in zip(self.tensors, tensors, strict=True)]
@@ -124,23 +90,26 @@ class Op:
 
     def __call__(self, *tensors: Any, **attributes: Any) -> Any:
         """Run the operator on tensors of any framework."""
-        if adapter := dispatch.adapter(tensors[0]):
-            return getattr(adapter, self.name)(*tensors, **attributes)
-        dispatch.framework(self.name, self.tensors, tensors)
+        framework = dispatch.framework(self.name, self.tensors, tensors, self.constants)
+        attributes = self.canonical(**attributes)
+        if adapter := dispatch.adapter(framework):
+            return adapter.run(self, tensors, attributes)
         arrays = [dispatch.array(self.name, name, t) for name, t in zip(self.tensors, tensors, strict=True)]
-        plan = self.planned(tuple(map(spec, arrays)), **self.canonical(**attributes))
+        plan = self.planned(specs(arrays), **attributes)
         out = dispatch.empty_like(arrays[0], plan.output.shape)
         self.forward(plan, out, *arrays)
         return out
 
-    def backward_of(self, grad_output: Any, *tensors: Any, **attributes: Any) -> Any:
-        """The gradients of all tensors, on tensors of any framework."""
-        if adapter := dispatch.adapter(grad_output):
-            return getattr(adapter, f"{self.name}_backward")(grad_output, *tensors, **attributes)
-        dispatch.framework(f"{self.name}_backward", self.backward_tensors, (grad_output, *tensors))
-        given = zip(self.backward_tensors, (grad_output, *tensors), strict=True)
-        grad_output, *arrays = [dispatch.array(f"{self.name}_backward", name, t) for name, t in given]
-        plan = self.planned(tuple(map(spec, arrays)), **self.canonical(**attributes))
+    def backward_of(self, *tensors: Any, **attributes: Any) -> Any:
+        """The gradients of all tensors but the first, `grad_output`, on tensors of any framework."""
+        name = f"{self.name}_backward"
+        framework = dispatch.framework(name, self.backward_tensors, tensors, self.constants)
+        attributes = self.canonical(**attributes)
+        if adapter := dispatch.adapter(framework):
+            return self.gradients(*adapter.run_backward(self, tensors, attributes))
+        given = zip(self.backward_tensors, tensors, strict=True)
+        grad_output, *arrays = [dispatch.array(name, tensor_name, t) for tensor_name, t in given]
+        plan = self.planned(specs(arrays), **attributes)
         self.check_grad_output(plan, grad_output)
         wanted = zip(arrays, self.differentiable(arrays), strict=True)
         grads = [dispatch.empty_like(a, a.shape) if want else None for a, want in wanted]
@@ -148,7 +117,7 @@ class Op:
         return self.gradients(*grads)
 
     def check_grad_output(self, plan: Any, grad_output: Any) -> None:
-        got = Spec(tuple(grad_output.shape), _dtype_name(grad_output.dtype))
+        (got,) = specs([grad_output])
         if got != plan.output:
             raise ValueError(
                 f"{self.name}_backward: grad_output must have the output's shape and dtype, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -46,13 +47,13 @@ def assert_close(got: Any, want: Any, tolerance: float = 1e-12) -> None:
 
 
 def check_introduction(adapter: Any, name: str) -> None:
-    """Names, signatures and docstrings are those of the public pair."""
+    """Names, signatures and docstrings are those of the public pair; pickle finds them."""
     for function in (name, f"{name}_backward"):
         bound, public = getattr(adapter, function), getattr(cudcn, function)
         assert bound.__name__ == function
-        assert function in adapter.__all__
         assert inspect.signature(bound) == inspect.signature(public)
         assert bound.__doc__ == public.__doc__
+        assert pickle.loads(pickle.dumps(bound)) is bound
 
 
 def check_tensors_by_position(adapter: Any, case: Case, make: Callable[[Any], Any]) -> None:
@@ -63,9 +64,17 @@ def check_tensors_by_position(adapter: Any, case: Case, make: Callable[[Any], An
     assert_close(function(given[first], **{name: given[name] for name in rest}, **case.attributes), want)
 
 
-def check_missing_attribute(adapter: Any, make: Callable[[Any], Any]) -> None:
+def check_missing_arguments(adapter: Any, make: Callable[[Any], Any]) -> None:
     case = next(case for case in POOLING if case.op.name == "roi_avg_pool")
     given = [make(t) for t in case.tensors().values()]
     for function, tensors in ((adapter.roi_avg_pool, given), (adapter.roi_avg_pool_backward, [given[0], *given])):
-        with pytest.raises(TypeError, match=r"roi_avg_pool(_backward)?: output_size is required"):
-            function(*tensors)
+        for arguments, keywords, message in (
+            (tensors, {}, "missing 1 required keyword-only argument: 'output_size'"),
+            (tensors[:1], {"output_size": 1}, "missing .*'rois'"),
+            ([], {"output_size": 1}, "missing .*'rois'"),
+            ([*tensors, None], {"output_size": 1}, "takes . positional arguments but . "),
+            (tensors, {"output_size": 1, "rois": tensors[-1]}, "got multiple values for argument 'rois'"),
+            (tensors, {"output_size": 1, "gamma": 1}, "got an unexpected keyword argument 'gamma'"),
+        ):
+            with pytest.raises(TypeError, match=rf"^{function.__name__}\(\) {message}"):
+                function(*arguments, **keywords)

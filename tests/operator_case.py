@@ -64,7 +64,7 @@ class Case:
         return self.slow(**self.tensors())
 
     def output_shape(self) -> tuple[int, ...]:
-        tensors = tuple(cudcn.op.spec(t) for t in self.tensors().values())
+        tensors = cudcn.op.specs(self.tensors().values())
         return self.op.plan(tensors, **self.op.canonical(**self.attributes)).output.shape
 
     def grad_output(self, dtype: str = "float64") -> np.ndarray:

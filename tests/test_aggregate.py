@@ -10,8 +10,7 @@ import pytest
 import reference_aggregate as reference
 import torch
 from aggregate_cases import ATTENTION, BY_NAME, CASES, DCNV3, DCNV4, SMALL, Attention, DCNv3, DCNv4, Windows
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from operator_case import DTYPES, HALVES, Case, EveryCase, EverySmallCase, agrees_with_float64, error, launched
 
 import cudcn
@@ -71,7 +70,7 @@ def test_a_few_queries_at_a_time(case: Case, monkeypatch: pytest.MonkeyPatch) ->
 def test_only_the_gradients_that_are_wanted(case: Case) -> None:
     """Each alone, and in an array of any strides."""
     tensors, grad_output = tuple(case.tensors("float32").values()), case.grad_output("float32")
-    plan = case.op.planned(tuple(map(cudcn.op.spec, tensors)), **case.op.canonical(**case.attributes))
+    plan = case.op.planned(cudcn.op.specs(tensors), **case.op.canonical(**case.attributes))
     for name, whole in case.backward(case.tensors("float32"), grad_output).items():
         if whole is None:
             continue

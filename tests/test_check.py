@@ -12,21 +12,8 @@ import pytest
 
 from cudcn import check
 from cudcn.op import Op
-from cudcn.ops import (
-    dcnv3,
-    dcnv4,
-    deform_conv2d,
-    deform_psroi_pool,
-    deform_roi_pool,
-    ms_deform_attn,
-    psroi_pool,
-    roi_avg_pool,
-)
+from cudcn.ops import OPS, dcnv3, deform_conv2d, deform_roi_pool
 
-MODULES = (
-    dcnv3, dcnv4, deform_conv2d, deform_psroi_pool, deform_roi_pool, ms_deform_attn, psroi_pool, roi_avg_pool,
-)  # fmt: skip
-OPS: list[Op] = [module.OP for module in MODULES]
 ATTRIBUTES = [pytest.param(op, name, id=f"{op.name}-{name}") for op in OPS for name in op.attributes]
 HUGE = 10**5000  # Python refuses to print it
 
@@ -36,8 +23,7 @@ class Three(enum.IntEnum):
 
 
 def canonical(op: Op, name: str, value: Any) -> Any:
-    required = {attribute: 2 for attribute, optional in op.optional_attributes.items() if not optional}
-    return op.canonical(**{**required, name: value})[name]
+    return op.canonical(**{**dict.fromkeys(op.attributes, 2), **op.function.__kwdefaults__, name: value})[name]
 
 
 def refused(op: Op, name: str, value: Any) -> str:

@@ -23,15 +23,15 @@ from adapter_cases import (
     SECOND,
     assert_close,
     check_introduction,
-    check_missing_attribute,
+    check_missing_arguments,
     check_tensors_by_position,
     expected,
 )
 from operator_case import HALVES, Case, Tensors
 
 import cudcn
+from cudcn import check
 from cudcn.op import Op
-from cudcn.ops.deform_conv2d import OP
 
 jax = pytest.importorskip("jax")
 jax_tvm_ffi = pytest.importorskip("jax_tvm_ffi")
@@ -263,9 +263,8 @@ def test_many_attributes() -> None:
     """They travel in pieces, and must arrive whatever their length."""
     given = to_jax()
     for padding in (0, 1, 12, 123, ((0, 1), (2, 3)), ((12, 34), (5, 67))):
-        height, width = (
-            np.add((6, 7), np.sum(np.broadcast_to(OP.canonical(padding=padding)["padding"], 4).reshape(2, 2), 1)) - 2
-        )
+        top, bottom, left, right = check.padding("", padding)
+        height, width = 6 + top + bottom - 2, 7 + left + right - 2
         offset = jnp.zeros((2, 36, height, width))
         got = cudcn.deform_conv2d(given[0], offset, given[2], padding=padding)
         want = cudcn.deform_conv2d(*(np.asarray(t) for t in (given[0], offset, given[2])), padding=padding)
@@ -384,8 +383,8 @@ def test_reports_what_fails_at_run_time(name: str) -> None:
         jax.block_until_ready(case.backward(bad, jnp.asarray(case.grad_output())))
 
 
-def test_refuses_a_missing_attribute() -> None:
-    check_missing_attribute(cudcn.jax, jnp.asarray)
+def test_python_reports_missing_arguments() -> None:
+    check_missing_arguments(cudcn.jax, jnp.asarray)
 
 
 def test_threads() -> None:

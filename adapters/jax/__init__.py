@@ -9,27 +9,9 @@ The tensors without a gradient (rois, spatial_shapes, level_start_index) may be 
 jit they become constants.
 """
 
-from .. import ops
-from .bind import bind
+from cudcn import ops
 
-__all__ = [
-    "dcnv3",
-    "dcnv3_backward",
-    "dcnv4",
-    "dcnv4_backward",
-    "deform_conv2d",
-    "deform_conv2d_backward",
-    "deform_psroi_pool",
-    "deform_psroi_pool_backward",
-    "deform_roi_pool",
-    "deform_roi_pool_backward",
-    "ms_deform_attn",
-    "ms_deform_attn_backward",
-    "psroi_pool",
-    "psroi_pool_backward",
-    "roi_avg_pool",
-    "roi_avg_pool_backward",
-]
+from .bind import bind, run as run, run_backward as run_backward
 
 dcnv3, dcnv3_backward = bind(ops.dcnv3.OP)
 dcnv4, dcnv4_backward = bind(ops.dcnv4.OP)

@@ -17,7 +17,8 @@ import contextlib
 import ctypes
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ import numpy as np
 
 try:
     import jax
+    import jax.numpy as jnp
     import jax_tvm_ffi
 except ImportError as error:
     module = (error.name or "jax").partition(".")[0]
@@ -33,77 +35,101 @@ except ImportError as error:
         f'cudcn.jax needs the package {package}, which pip install "cudcn[jax]" brings ({error})', name=error.name
     ) from error
 
-from .. import dispatch
-from ..op import Op, by_position, spec, spread
+from cudcn import dispatch
+from cudcn.dtypes import DTYPES
+from cudcn.op import Op, specs, spread
 
-_FRAMEWORKS = ("jax", "numpy")  # jit takes NumPy's arrays too, and jax.test_util.check_grads passes them
 _PIECE = 7  # bytes
 _PIECES = [f"attributes{i:02}" for i in range(32)]  # in jax-tvm-ffi's order, which is by name
 Attributes = tuple[tuple[str, Any], ...]  # canonical ones, as JAX wants static arguments: hashable
 
 
 def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The operator's public pair on JAX arrays."""
-    _register(op)
-
-    # jit: else every call outside of a user's jit would be traced anew
-    @functools.partial(jax.jit, static_argnums=0)
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def run(attributes: Attributes, *tensors: Any) -> Any:
-        output = op.planned(tuple(map(spec, tensors)), **dict(attributes)).output
-        return _call(op.name, attributes, tensors, [jax.ShapeDtypeStruct(*output)])[0]
-
-    def remember(attributes: Attributes, *tensors: Any) -> Any:
-        return run(attributes, *tensors), tensors
-
-    def differentiate(attributes: Attributes, tensors: Any, grad_output: Any) -> Any:
-        return run_backward(attributes, grad_output, *tensors)
-
-    run.__wrapped__.defvjp(remember, differentiate)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-    def run_backward(attributes: Attributes, grad_output: Any, *tensors: Any) -> Any:
-        """One gradient per tensor, None for one that is None or has no gradient.
-
-        All of them: the `perturbed` flags that a custom_vjp with symbolic zeros could hand to the backward pass
-        are at times those of another trace (JAX 0.10, under vmap and cond), and gradients would be missing.
-        """
-        plan = op.planned(tuple(map(spec, tensors)), **dict(attributes))
-        op.check_grad_output(plan, grad_output)
-        wanted = op.differentiable(tensors)
-        outputs = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t, want in zip(tensors, wanted, strict=True) if want]
-        return tuple(spread(wanted, _call(f"{op.name}_backward", attributes, (grad_output, *tensors), outputs)))
-
-    @run_backward.__wrapped__.defjvp
-    def refuse(*_: Any) -> Any:
-        raise NotImplementedError(f"{op.name}: the second derivative is not implemented")
-
-    @functools.wraps(op.function)
-    def forward(*tensors: Any, **attributes: Any) -> Any:
-        tensors = by_order(op.name, op.tensors, tensors, attributes)
-        return run(tuple(op.canonical(**attributes).items()), *tensors)
-
-    @functools.wraps(op.backward_function)
-    def backward(*tensors: Any, **attributes: Any) -> Any:
-        grad_output, *tensors = by_order(f"{op.name}_backward", op.backward_tensors, tensors, attributes)
-        return op.gradients(*run_backward(tuple(op.canonical(**attributes).items()), grad_output, *tensors))
-
-    def by_order(name: str, names: dict[str, bool], tensors: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        tensors = by_position(name, names, op.optional_attributes, _FRAMEWORKS, tensors, keywords, op.constants)
-        return [_fitting(name, n, t) for n, t in zip(names, tensors, strict=True)]
-
-    return forward, backward
+    """The operator's public pair for JAX arrays alone, which `run` and `run_backward` compute from now on."""
+    arguments = [*(f"attrs.{name}" for name in _PIECES), "ctx.stream", "args", "rets"]
+    for platform in "cpu", "gpu":  # which asks for no GPU
+        for name, function in (op.name, _fill_output), (f"{op.name}_backward", _fill_grads):
+            jax_tvm_ffi.register_ffi_target(f"cudcn.{name}", partial(function, op), arguments, platform=platform)
+    return _taking_numpy(op.function), _taking_numpy(op.backward_function)
 
 
-def _fitting(op: str, name: str, tensor: Any) -> Any:
-    """The tensor; ValueError if it is a NumPy array of integers that JAX, without x64, would cut to 32 bits."""
-    if isinstance(tensor, np.ndarray) and tensor.dtype.kind in "iu":
-        dtype = jax.dtypes.canonicalize_dtype(tensor.dtype)
-        cut = tensor != tensor.astype(dtype)
-        if cut.any():
-            raise ValueError(f"{op}: without jax_enable_x64 {name} must fit {dtype}, got {tensor[cut][0]}")
-    return tensor
+def run(op: Op, tensors: Sequence[Any], attributes: dict[str, Any]) -> Any:
+    """The operator on tensors and attributes that `Op` has checked."""
+    _check_integers(op.name, op.tensors, tensors)
+    return _run(op, tuple(attributes.items()), *tensors)
+
+
+def run_backward(op: Op, tensors: Sequence[Any], attributes: dict[str, Any]) -> Sequence[Any]:
+    """A gradient, or None, for each of the tensors after the first, which is `grad_output`."""
+    _check_integers(f"{op.name}_backward", op.backward_tensors, tensors)
+    return _run_backward(op, tuple(attributes.items()), *tensors)
+
+
+def _taking_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A public function for JAX arrays, and for NumPy arrays as if they were JAX's."""
+    checked = dispatch.only("jax", function)
+
+    @functools.wraps(checked)
+    def converted(*tensors: Any, **keywords: Any) -> Any:
+        by_name = {name: _from_numpy(value) for name, value in keywords.items()}
+        return checked(*map(_from_numpy, tensors), **by_name)
+
+    return converted
+
+
+def _from_numpy(value: Any) -> Any:
+    """Arrays of integers remain NumPy's, for `_check_integers` to see."""
+    plain = type(value) in (np.ndarray, np.memmap)
+    return jnp.asarray(value) if plain and str(value.dtype) in DTYPES else value
+
+
+def _check_integers(op: str, names: Iterable[str], tensors: Sequence[Any]) -> None:
+    """ValueError if one is too large for JAX, which cuts NumPy's to 32 bits unless jax_enable_x64 is set."""
+    for name, tensor in zip(names, tensors, strict=True):
+        if isinstance(tensor, np.ndarray) and tensor.dtype.kind in "iu":
+            dtype = jax.dtypes.canonicalize_dtype(tensor.dtype)
+            cut = tensor != tensor.astype(dtype)
+            if cut.any():
+                raise ValueError(f"{op}: without jax_enable_x64 {name} must fit {dtype}, got {tensor[cut][0]}")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _forward(op: Op, attributes: Attributes, *tensors: Any) -> Any:
+    output = op.planned(specs(tensors), **dict(attributes)).output
+    return _call(op.name, attributes, tensors, [jax.ShapeDtypeStruct(*output)])[0]
+
+
+def _remember(op: Op, attributes: Attributes, *tensors: Any) -> Any:
+    return _run(op, attributes, *tensors), tensors
+
+
+def _differentiate(op: Op, attributes: Attributes, tensors: Any, grad_output: Any) -> Any:
+    return _run_backward(op, attributes, grad_output, *tensors)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _backward(op: Op, attributes: Attributes, grad_output: Any, *tensors: Any) -> Any:
+    """One gradient per tensor, None for one that is None or has no gradient.
+
+    All of them: the `perturbed` flags that a custom_vjp with symbolic zeros could hand to the backward pass
+    are at times those of another trace (JAX 0.10, under vmap and cond), and gradients would be missing.
+    """
+    plan = op.planned(specs(tensors), **dict(attributes))
+    op.check_grad_output(plan, grad_output)
+    wanted = op.differentiable(tensors)
+    outputs = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t, want in zip(tensors, wanted, strict=True) if want]
+    return tuple(spread(wanted, _call(f"{op.name}_backward", attributes, (grad_output, *tensors), outputs)))
+
+
+@_backward.defjvp
+def _refuse(op: Op, *_: Any) -> Any:
+    raise NotImplementedError(f"{op.name}: the second derivative is not implemented")
+
+
+_forward.defvjp(_remember, _differentiate)
+# else every call outside of a user's jit would be traced anew
+_run = jax.jit(_forward, static_argnums=(0, 1))
+_run_backward = jax.jit(_backward, static_argnums=(0, 1))
 
 
 def _call(name: str, attributes: Attributes, tensors: Sequence[Any], outputs: Sequence[Any]) -> Sequence[Any]:
@@ -124,32 +150,28 @@ def _parsed(pieces: tuple[str, ...]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     return ast.literal_eval("".join(pieces))
 
 
-def _register(op: Op) -> None:
-    def parts(call: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[int, ...], int, tuple[Any, ...]]:
-        """A call's attributes, which of its tensors are given, its stream and its buffers."""
-        values, given = _parsed(call[: len(_PIECES)])
-        stream, *buffers = call[len(_PIECES) :]
-        return dict(zip(op.attributes, values, strict=True)), given, stream, buffers
+def _fill_output(op: Op, *call: Any) -> None:
+    attributes, given, stream, buffers = _parts(op, call)
+    with _device(buffers[0].device, stream):
+        *arrays, out = map(_view, buffers)
+        tensors = spread(given, arrays)
+        op.forward(op.planned(specs(tensors), **attributes), out, *tensors)
 
-    def forward(*call: Any) -> None:
-        attributes, given, stream, buffers = parts(call)
-        with _device(buffers[0].device, stream):
-            *arrays, out = map(_view, buffers)
-            tensors = spread(given, arrays)
-            op.forward(op.planned(tuple(map(spec, tensors)), **attributes), out, *tensors)
 
-    def backward(*call: Any) -> None:
-        attributes, given, stream, buffers = parts(call)
-        with _device(buffers[0].device, stream):
-            arrays = [_view(buffer) for buffer in buffers]
-            grad_output, *tensors = spread(given, arrays)
-            grads = spread(op.differentiable(tensors), arrays[sum(given) :])
-            op.backward(op.planned(tuple(map(spec, tensors)), **attributes), grads, grad_output, *tensors)
+def _fill_grads(op: Op, *call: Any) -> None:
+    attributes, given, stream, buffers = _parts(op, call)
+    with _device(buffers[0].device, stream):
+        arrays = [_view(buffer) for buffer in buffers]
+        grad_output, *tensors = spread(given, arrays)
+        grads = spread(op.differentiable(tensors), arrays[sum(given) :])
+        op.backward(op.planned(specs(tensors), **attributes), grads, grad_output, *tensors)
 
-    arguments = [*(f"attrs.{name}" for name in _PIECES), "ctx.stream", "args", "rets"]
-    for platform in "cpu", "gpu":  # which asks for no GPU
-        for name, function in (op.name, forward), (f"{op.name}_backward", backward):
-            jax_tvm_ffi.register_ffi_target(f"cudcn.{name}", function, arguments, platform=platform)
+
+def _parts(op: Op, call: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[int, ...], int, Sequence[Any]]:
+    """A call's attributes, which of its tensors are given, its stream and its buffers."""
+    values, given = _parsed(call[: len(_PIECES)])
+    stream, *buffers = call[len(_PIECES) :]
+    return dict(zip(op.attributes, values, strict=True)), given, stream, buffers
 
 
 @contextlib.contextmanager

@@ -4,33 +4,16 @@ There is no forward mode (`torch.func.jvp`), and `torch.func.vmap` calls one ite
 where to look and have no gradient (rois, spatial_shapes, level_start_index) may be NumPy arrays, which are copied.
 """
 
-from .. import ops
-from .bind import bind
-from .nn import DCNv3, DCNv4, DeformConv2d, ModulatedDeformConv2d, MSDeformAttn
+from cudcn import ops
 
-__all__ = [
-    "DCNv3",
-    "DCNv4",
-    "DeformConv2d",
-    "MSDeformAttn",
-    "ModulatedDeformConv2d",
-    "dcnv3",
-    "dcnv3_backward",
-    "dcnv4",
-    "dcnv4_backward",
-    "deform_conv2d",
-    "deform_conv2d_backward",
-    "deform_psroi_pool",
-    "deform_psroi_pool_backward",
-    "deform_roi_pool",
-    "deform_roi_pool_backward",
-    "ms_deform_attn",
-    "ms_deform_attn_backward",
-    "psroi_pool",
-    "psroi_pool_backward",
-    "roi_avg_pool",
-    "roi_avg_pool_backward",
-]
+from .bind import bind, run as run, run_backward as run_backward
+from .nn import (
+    DCNv3 as DCNv3,
+    DCNv4 as DCNv4,
+    DeformConv2d as DeformConv2d,
+    ModulatedDeformConv2d as ModulatedDeformConv2d,
+    MSDeformAttn as MSDeformAttn,
+)
 
 dcnv3, dcnv3_backward = bind(ops.dcnv3.OP)
 dcnv4, dcnv4_backward = bind(ops.dcnv4.OP)

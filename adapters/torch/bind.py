@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
-from .. import dispatch
-from ..cpu import parallel
-from ..op import Op, by_position, spec, spread
-from .transforms import differentiable
+from cudcn import dispatch
+from cudcn.cpu import parallel
+from cudcn.op import Op, specs, spread
+
+from .transforms import call, call_backward, derive
 
 _LIBRARY = torch.library.Library("cudcn", "FRAGMENT")  # what it defines lives as long as this object
 _SCHEMA_TYPES = {
@@ -28,29 +30,23 @@ _SCHEMA_TYPES = {
 
 
 def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The operator's public pair on torch tensors."""
+    """The operator's public pair for torch tensors alone, which `run` and `run_backward` compute from now on."""
     _define(op)
-    run, run_backward = differentiable(op, _LIBRARY)
-    # what the functions below need is looked up here: torch.compile traces them
-    names, backward_names, attribute_names = op.tensors, op.backward_tensors, op.optional_attributes
-    name, fine, constants, canonical, gradients = op.name, op.fine, op.constants, op.canonical, op.gradients
+    derive(op, _LIBRARY)
+    return dispatch.only("torch", op.function), dispatch.only("torch", op.backward_function)
 
-    def by_order(name: str, names: dict[str, bool], tensors: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        tensors = by_position(name, names, attribute_names, ("torch",), tensors, keywords, constants)
-        return tuple(as_tensor(t, tensors[0]) for t in tensors) if constants else tensors
 
-    @functools.wraps(op.function)
-    def forward(*tensors: Any, **attributes: Any) -> Any:
-        tensors = by_order(name, names, tensors, attributes)
-        return run(*_autocast(names, fine, tensors), *canonical(**attributes).values())
+def run(op: Op, tensors: Sequence[Any], attributes: dict[str, Any]) -> Any:
+    """The operator on tensors and attributes that `Op` has checked. torch.compile traces this."""
+    tensors = [as_tensor(t, like=tensors[0]) for t in tensors]
+    return call(op, *_autocast(op, tensors), *attributes.values())
 
-    @functools.wraps(op.backward_function)
-    def backward(*tensors: Any, **attributes: Any) -> Any:
-        tensors = by_order(f"{name}_backward", backward_names, tensors, attributes)
-        needs = op.differentiable(tensors[1:])
-        return gradients(*spread(needs, run_backward(*tensors, *canonical(**attributes).values(), needs)))
 
-    return forward, backward
+def run_backward(op: Op, tensors: Sequence[Any], attributes: dict[str, Any]) -> list[Any]:
+    """A gradient, or None, for each of the tensors after the first, which is `grad_output`."""
+    tensors = [as_tensor(t, like=tensors[0]) for t in tensors]
+    needs = op.differentiable(tensors[1:])
+    return spread(needs, call_backward(op, *tensors, *attributes.values(), needs))
 
 
 def as_tensor(value: Any, like: torch.Tensor) -> Any:
@@ -61,7 +57,7 @@ def as_tensor(value: Any, like: torch.Tensor) -> Any:
     return torch.from_numpy(value.copy()).to(like.device)
 
 
-def _autocast(names: dict[str, bool], fine: Sequence[str], tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+def _autocast(op: Op, tensors: Sequence[Any]) -> Sequence[Any]:
     """The tensors as torch's convolutions take them under autocast; `fine` ones keep their float32."""
     device = tensors[0].device.type
     if device not in ("cpu", "cuda"):  # "meta" has no autocast to ask about
@@ -69,69 +65,77 @@ def _autocast(names: dict[str, bool], fine: Sequence[str], tensors: tuple[Any, .
     if not torch.is_autocast_enabled(device) or any(t is not None and t.dtype == torch.float64 for t in tensors):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t if t is None or not t.is_floating_point() or (n in fine and t.dtype == torch.float32) else t.to(dtype)
-        for n, t in zip(names, tensors, strict=True)
-    )
+    return [
+        t if t is None or not t.is_floating_point() or (n in op.fine and t.dtype == torch.float32) else t.to(dtype)
+        for n, t in zip(op.tensors, tensors, strict=True)
+    ]
 
 
 def _define(op: Op) -> None:
     tensors = ", ".join(f"Tensor{'?' if optional else ''} {name}" for name, optional in op.tensors.items())
     attributes = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in op.attributes.items())
-    count = len(op.tensors)
-    name, backward_name = op.name, f"{op.name}_backward"
-    tags = (torch.Tag.pt2_compliant_tag,)
-    _LIBRARY.define(f"{name}({tensors}, {attributes}) -> Tensor", tags=tags)
-    _LIBRARY.define(
-        f"{backward_name}(Tensor grad_output, {tensors}, {attributes}, bool[] needs) -> Tensor[]",
-        tags=tags,
-    )
-
-    def planned(plan: Callable[..., Any], tensors: Sequence[Any], attributes: Sequence[Any]) -> Any:
-        values = (tuple(value) if isinstance(value, list) else value for value in attributes)
-        return plan(tuple(map(spec, tensors)), **dict(zip(op.attributes, values, strict=True)))
-
-    def empty(plan: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, Any]:
-        _check_devices(name, op.tensors, arguments)
-        plan = planned(plan, arguments[:count], arguments[count:])
-        return plan, torch.empty(plan.output.shape, dtype=arguments[0].dtype, device=arguments[0].device)
-
-    def empty_grads(plan: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, list[Any]]:
-        _check_devices(backward_name, op.backward_tensors, arguments)
-        grad_output, *tensors = arguments[: count + 1]
-        plan = planned(plan, tensors, arguments[count + 1 : -1])
-        op.check_grad_output(plan, grad_output)
-        wanted = [t if need else None for t, need in zip(tensors, arguments[-1], strict=True)]
-        return plan, [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
-
-    def forward(*arguments: Any) -> Any:
-        plan, out = empty(op.planned, arguments)
-        with _arrays(out, *arguments[:count]) as arrays:
-            op.forward(plan, *arrays)
-        return out
-
-    def backward(*arguments: Any) -> Any:
-        plan, grads = empty_grads(op.planned, arguments)
-        with _arrays(*arguments[: count + 1], *grads) as arrays:
-            op.backward(plan, arrays[count + 1 :], *arrays[: count + 1])
-        return [grad for grad in grads if grad is not None]
-
-    # symbolic shapes must not be remembered: their truth is a guard of one trace
-    def fake_forward(*arguments: Any) -> Any:
-        return empty(op.plan, arguments)[1]
-
-    def fake_backward(*arguments: Any) -> Any:
-        return [grad for grad in empty_grads(op.plan, arguments)[1] if grad is not None]
-
-    _register(name, op.tensors, forward, fake_forward)
-    _register(backward_name, op.backward_tensors, backward, fake_backward)
+    _register(op, op.name, f"({tensors}, {attributes}) -> Tensor", op.tensors, _forward, _fake_forward)
+    schema = f"(Tensor grad_output, {tensors}, {attributes}, bool[] needs) -> Tensor[]"
+    _register(op, f"{op.name}_backward", schema, op.backward_tensors, _backward, _fake_backward)
 
 
-def _register(name: str, names: Iterable[str], compute: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def _register(
+    op: Op, name: str, schema: str, names: Iterable[str], compute: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in "CPU", "CUDA":
-        _LIBRARY.impl(name, compute, key)
-    _LIBRARY.impl(name, _unsupported(name, names), "CompositeExplicitAutograd")  # the key of all that have no other
-    torch.library.register_fake(f"cudcn::{name}", fake, lib=_LIBRARY)
+        _LIBRARY.impl(name, partial(compute, op), key)
+    # the key of all kinds of tensors that have no other
+    _LIBRARY.impl(name, partial(_refuse, name, names), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cudcn::{name}", partial(fake, op), lib=_LIBRARY)
+
+
+def _forward(op: Op, *arguments: Any) -> torch.Tensor:
+    plan, output = _empty_output(op, op.planned, arguments)
+    with _arrays(output, *arguments[: len(op.tensors)]) as arrays:
+        op.forward(plan, *arrays)
+    return output
+
+
+def _backward(op: Op, *arguments: Any) -> list[torch.Tensor]:
+    plan, grads = _empty_grads(op, op.planned, arguments)
+    count = len(op.backward_tensors)
+    with _arrays(*arguments[:count], *grads) as arrays:
+        op.backward(plan, arrays[count:], *arrays[:count])
+    return [grad for grad in grads if grad is not None]
+
+
+# Symbolic shapes must not be remembered, so these take `plan`, not `planned`: their truth is a guard of one trace.
+def _fake_forward(op: Op, *arguments: Any) -> torch.Tensor:
+    return _empty_output(op, op.plan, arguments)[1]
+
+
+def _fake_backward(op: Op, *arguments: Any) -> list[torch.Tensor]:
+    return [grad for grad in _empty_grads(op, op.plan, arguments)[1] if grad is not None]
+
+
+def _empty_output(op: Op, plan: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, torch.Tensor]:
+    count = len(op.tensors)
+    _check_devices(op.name, op.tensors, arguments)
+    geometry = _planned(op, plan, arguments[:count], arguments[count:])
+    return geometry, torch.empty(geometry.output.shape, dtype=arguments[0].dtype, device=arguments[0].device)
+
+
+def _empty_grads(op: Op, plan: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, list[torch.Tensor | None]]:
+    """One for each tensor whose gradient is wanted, None for the others."""
+    count = len(op.backward_tensors)
+    _check_devices(f"{op.name}_backward", op.backward_tensors, arguments)
+    grad_output, *tensors = arguments[:count]
+    *attributes, needs = arguments[count:]
+    geometry = _planned(op, plan, tensors, attributes)
+    op.check_grad_output(geometry, grad_output)
+    wanted = [t if need else None for t, need in zip(tensors, needs, strict=True)]
+    return geometry, [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
+
+
+def _planned(op: Op, plan: Callable[..., Any], tensors: Sequence[Any], attributes: Sequence[Any]) -> Any:
+    values = (tuple(value) if isinstance(value, list) else value for value in attributes)
+    return plan(specs(tensors), **dict(zip(op.attributes, values, strict=True)))
 
 
 def _check_devices(name: str, names: Iterable[str], arguments: Sequence[Any]) -> None:
@@ -142,18 +146,14 @@ def _check_devices(name: str, names: Iterable[str], arguments: Sequence[Any]) ->
         raise ValueError(f"{name}: all tensors must be on one device, got {given}")
 
 
-def _unsupported(name: str, names: Iterable[str]) -> Callable[..., Any]:
+def _refuse(name: str, names: Iterable[str], *arguments: Any) -> Any:
     """The kernel for all other kinds of tensors: sparse, quantized, nested, or on a device of another kind."""
-
-    def refuse(*arguments: Any) -> Any:
-        given = ", ".join(
-            f"{tensor_name}: {t.dtype}, {t.layout} on {t.device}"
-            for tensor_name, t in zip(names, arguments, strict=False)
-            if t is not None
-        )
-        raise TypeError(f"{name}: tensors must be dense ones on a CPU or CUDA device, got {given}")
-
-    return refuse
+    given = ", ".join(
+        f"{tensor_name}: {t.dtype}, {t.layout} on {t.device}"
+        for tensor_name, t in zip(names, arguments, strict=False)
+        if t is not None
+    )
+    raise TypeError(f"{name}: tensors must be dense ones on a CPU or CUDA device, got {given}")
 
 
 @contextlib.contextmanager
@@ -169,7 +169,7 @@ def _arrays(first: torch.Tensor, *others: torch.Tensor | None) -> Any:
     stream = torch.cuda.current_stream(device).cuda_stream
     external = cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, stream)))
     # one pool for both: memory that CuPy's own pool kept would be lost to torch
-    memory = functools.partial(_torch_memory, device)
+    memory = partial(_torch_memory, device)
     with cupy.cuda.Device(device.index), external, cupy.cuda.using_allocator(memory):
         yield [None if t is None else _cupy_view(t) for t in (first, *others)]
 

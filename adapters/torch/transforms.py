@@ -9,84 +9,110 @@ of torch.func's transforms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..op import Op, spread
+from cudcn.op import Op, spread
 
 Arguments = Sequence[Any]
 
 
-def differentiable(op: Op, library: torch.library.Library) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The pair of torch operators as functions with a derivative and a rule for vmap."""
-    run = getattr(torch.ops.cudcn, op.name).default
-    run_backward = getattr(torch.ops.cudcn, f"{op.name}_backward").default
+def call(op: Op, *arguments: Any) -> Any:
+    """The torch operator, with a derivative and a rule for vmap."""
+    return _overload(op.name)(*arguments) if torch.compiler.is_compiling() else _Forward.apply(*arguments, op)
+
+
+def call_backward(op: Op, *arguments: Any) -> Any:
+    name = f"{op.name}_backward"
+    return _overload(name)(*arguments) if torch.compiler.is_compiling() else _Backward.apply(*arguments, op)
+
+
+def derive(op: Op, library: torch.library.Library) -> None:
+    """Tell torch.compile the operator's derivative."""
+    torch.library.register_autograd(
+        f"cudcn::{op.name}", partial(_differentiate, op), setup_context=partial(_save, op), lib=library
+    )
+    torch.library.register_autograd(f"cudcn::{op.name}_backward", partial(_refuse, op), lib=library)
+
+
+def _overload(name: str) -> Any:
+    return getattr(torch.ops.cudcn, name).default
+
+
+def _save(op: Op, ctx: Any, inputs: Arguments, output: Any) -> None:
     count = len(op.tensors)
-
-    def save(ctx: Any, inputs: Arguments, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:count])
-        ctx.attributes = inputs[count:]
-
-    def save_nothing(ctx: Any, inputs: Arguments, output: Any) -> None:
-        pass
-
-    def differentiate(ctx: Any, grad_output: Any) -> Any:
-        tensors = ctx.saved_tensors  # once: checkpointing refuses a second look
-        given = zip(ctx.needs_input_grad, op.differentiable(tensors), strict=False)
-        needs = [asked and possible for asked, possible in given]
-        grads = call_backward(grad_output, *tensors, *ctx.attributes, needs)
-        return *spread(needs, grads), *(None for _ in ctx.attributes)
-
-    def refuse(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(f"{op.name}: the second derivative is not implemented")
-
-    class Forward(torch.autograd.Function):
-        setup_context = staticmethod(save)
-        backward = staticmethod(differentiate)
-
-        @staticmethod
-        def forward(*arguments: Any) -> Any:
-            return run(*arguments)
-
-        @staticmethod
-        def vmap(info: Any, in_dims: Arguments, *arguments: Any) -> Any:
-            return torch.stack(_one_by_one(op.name, Forward, info, in_dims, arguments)), 0
-
-    class Backward(torch.autograd.Function):
-        setup_context = staticmethod(save_nothing)
-        backward = staticmethod(refuse)
-
-        @staticmethod
-        def forward(*arguments: Any) -> Any:
-            return tuple(run_backward(*arguments))
-
-        @staticmethod
-        def vmap(info: Any, in_dims: Arguments, *arguments: Any) -> Any:
-            grads = _one_by_one(op.name, Backward, info, in_dims, arguments)
-            stacked = tuple(torch.stack(items) for items in zip(*grads, strict=True))
-            return stacked, (0,) * len(stacked)
-
-    def call(*arguments: Any) -> Any:
-        return run(*arguments) if torch.compiler.is_compiling() else Forward.apply(*arguments)
-
-    def call_backward(*arguments: Any) -> Any:
-        return run_backward(*arguments) if torch.compiler.is_compiling() else Backward.apply(*arguments)
-
-    torch.library.register_autograd(f"cudcn::{op.name}", differentiate, setup_context=save, lib=library)
-    torch.library.register_autograd(f"cudcn::{op.name}_backward", refuse, lib=library)
-    return call, call_backward
+    ctx.save_for_backward(*inputs[:count])
+    ctx.attributes = inputs[count:]
 
 
-def _one_by_one(name: str, function: Any, info: Any, in_dims: Arguments, arguments: Arguments) -> list[Any]:
+def _differentiate(op: Op, ctx: Any, grad_output: Any) -> Any:
+    tensors = ctx.saved_tensors  # once: checkpointing refuses a second look
+    given = zip(ctx.needs_input_grad, op.differentiable(tensors), strict=False)
+    needs = [asked and possible for asked, possible in given]
+    grads = call_backward(op, grad_output, *tensors, *ctx.attributes, needs)
+    return *spread(needs, grads), *(None for _ in ctx.attributes)
+
+
+def _refuse(op: Op, ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError(f"{op.name}: the second derivative is not implemented")
+
+
+class _Forward(torch.autograd.Function):
+    """Of a torch operator's arguments, and last the `Op`: `needs_input_grad` begins with the tensors either way."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        *arguments, op = inputs
+        return _overload(op.name)(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Arguments, output: Any) -> None:
+        *arguments, ctx.op = inputs
+        _save(ctx.op, ctx, arguments, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Any) -> Any:
+        return *_differentiate(ctx.op, ctx, grad_output), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Arguments, *inputs: Any) -> Any:
+        return torch.stack(_one_by_one(_Forward, info, in_dims, inputs)), 0
+
+
+class _Backward(torch.autograd.Function):
+    """The same of the operator's backward."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        *arguments, op = inputs
+        return tuple(_overload(f"{op.name}_backward")(*arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Arguments, output: Any) -> None:
+        ctx.op = inputs[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _refuse(ctx.op, ctx, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Arguments, *inputs: Any) -> Any:
+        grads = _one_by_one(_Backward, info, in_dims, inputs)
+        stacked = tuple(torch.stack(items) for items in zip(*grads, strict=True))
+        return stacked, (0,) * len(stacked)
+
+
+def _one_by_one(function: Any, info: Any, in_dims: Arguments, inputs: Arguments) -> list[Any]:
     """A call of an autograd.Function for each item along the mapped axes."""
     if info.batch_size == 0:
-        raise NotImplementedError(f"{name}: vmap over an axis of length 0 is not implemented")
+        raise NotImplementedError(f"{inputs[-1].name}: vmap over an axis of length 0 is not implemented")
     return [
         # attributes that are lists have lists in the place of a dimension
         function.apply(
-            *(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(arguments, in_dims, strict=True))
+            *(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(inputs, in_dims, strict=True))
         )
         for i in range(info.batch_size)
     ]

@@ -106,14 +106,14 @@ class Windows:
 def canonical(
     name: str,
     *,
-    kernel_size: Any = 3,
-    stride: Any = 1,
-    padding: Any = 1,
-    dilation: Any = 1,
-    group: Any = 4,
-    offset_scale: Any = 1.0,
-    remove_center: Any = False,
-    softmax: Any = False,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    group: Any,
+    offset_scale: Any,
+    remove_center: Any,
+    softmax: Any,
 ) -> dict[str, Any]:
     """The attributes of dcnv3 and dcnv4."""
     kernel = check.pair(name, "kernel_size", kernel_size)

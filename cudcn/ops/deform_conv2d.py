@@ -144,7 +144,7 @@ class Geometry:
         return [None if image is None else image.transpose(order) for image in images]
 
 
-def _canonical(*, stride: Any = 1, padding: Any = 0, dilation: Any = 1, layout: Any = "NCHW") -> dict[str, Any]:
+def _canonical(*, stride: Any, padding: Any, dilation: Any, layout: Any) -> dict[str, Any]:
     name = "deform_conv2d"
     return {
         "stride": check.pair(name, "stride", stride),

@@ -134,10 +134,10 @@ def _canonical(
     *,
     output_size: Any,
     group_size: Any,
-    part_size: Any = None,
-    sample_per_part: Any = 4,
-    trans_std: Any = 0.1,
-    spatial_scale: Any = 1.0,
+    part_size: Any,
+    sample_per_part: Any,
+    trans_std: Any,
+    spatial_scale: Any,
 ) -> dict[str, Any]:
     name = "deform_psroi_pool"
     output_size = check.pair(name, "output_size", output_size)

@@ -116,9 +116,7 @@ def deform_roi_pool_backward(
     )  # fmt: skip
 
 
-def _canonical(
-    *, output_size: Any, spatial_scale: Any = 1.0, sampling_ratio: Any = 0, gamma: Any = 0.1
-) -> dict[str, Any]:
+def _canonical(*, output_size: Any, spatial_scale: Any, sampling_ratio: Any, gamma: Any) -> dict[str, Any]:
     name = "deform_roi_pool"
     return {
         "output_size": check.pair(name, "output_size", output_size),

@@ -99,7 +99,7 @@ def ms_deform_attn_backward(
     )
 
 
-def _canonical(*, softmax: Any = False) -> dict[str, Any]:
+def _canonical(*, softmax: Any) -> dict[str, Any]:
     return {"softmax": check.flag("ms_deform_attn", "softmax", softmax)}
 
 

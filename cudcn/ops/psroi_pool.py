@@ -91,7 +91,7 @@ def psroi_pool_backward(
     )
 
 
-def _canonical(*, output_size: Any, group_size: Any = None, spatial_scale: Any = 1.0) -> dict[str, Any]:
+def _canonical(*, output_size: Any, group_size: Any, spatial_scale: Any) -> dict[str, Any]:
     name = "psroi_pool"
     output_size = check.pair(name, "output_size", output_size)
     return {

@@ -78,7 +78,7 @@ def roi_avg_pool_backward(
     return OP.backward_of(grad_output, input, rois, output_size=output_size, spatial_scale=spatial_scale)
 
 
-def _canonical(*, output_size: Any, spatial_scale: Any = 1.0) -> dict[str, Any]:
+def _canonical(*, output_size: Any, spatial_scale: Any) -> dict[str, Any]:
     name = "roi_avg_pool"
     return {
         "output_size": check.pair(name, "output_size", output_size),
