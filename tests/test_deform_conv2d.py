@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from deform_conv2d_cases import BY_NAME, CASES, IMAGES, PLAIN, SMALL, DeformConv2d
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from operator_case import DTYPES, HALVES, EveryCase, EverySmallCase, agrees_with_float64, launched, widened
 
 import cudcn

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from operator_case import DTYPES, HALVES, EveryCase, EverySmallCase, agrees_with_float64, error, launched, widened
 from pooling_cases import BY_NAME, CASES, SMALL, DeformPSRoiPool, DeformRoiPool, PSRoiPool, RoiAvgPool, RoiPooling
 

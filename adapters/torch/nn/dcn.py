@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from ... import check
-from ...ops.aggregate import canonical
-from ...ops.dcnv3 import dcnv3
-from ...ops.dcnv4 import dcnv4
+from cudcn import check
+from cudcn.ops.aggregate import canonical
+from cudcn.ops.dcnv3 import dcnv3
+from cudcn.ops.dcnv4 import dcnv4
+
 from .layers import projection, zeroed
 
 
@@ -44,11 +45,8 @@ class DCNv3(torch.nn.Module):
         )  # fmt: skip
         self.group = group
         taps = group * (kernel_size**2 - remove_center)
-        depthwise = torch.nn.Conv2d(
-            channels, channels, dw_kernel_size, stride=stride, padding=dw_kernel_size // 2, groups=channels
-        )
         norm = torch.nn.Sequential(_ChannelsLast(), torch.nn.LayerNorm(channels, eps=1e-6))
-        self.dw_conv = torch.nn.Sequential(depthwise, norm, torch.nn.GELU())
+        self.dw_conv = torch.nn.Sequential(_depthwise(channels, dw_kernel_size, stride), norm, torch.nn.GELU())
         self.offset = zeroed(channels, 2 * taps)
         self.mask = zeroed(channels, taps)
         self.input_proj = projection(channels)
@@ -99,9 +97,7 @@ class DCNv4(torch.nn.Module):
         output_bias = check.flag(name, "output_bias", output_bias)
         without_pointwise = check.flag(name, "without_pointwise", without_pointwise)
         self.group = group
-        self.offset_mask_dw = dw_kernel_size and torch.nn.Conv2d(
-            channels, channels, dw_kernel_size, stride=stride, padding=dw_kernel_size // 2, groups=channels
-        )
+        self.offset_mask_dw = None if dw_kernel_size is None else _depthwise(channels, dw_kernel_size, stride)
         self.offset_mask = zeroed(channels, -(-3 * group * (kernel_size**2 - remove_center) // 8) * 8)
         self.value_proj = torch.nn.Identity() if without_pointwise else projection(channels)
         self.output_proj = torch.nn.Identity() if without_pointwise else projection(channels, output_bias)
@@ -113,6 +109,10 @@ class DCNv4(torch.nn.Module):
             features = self.offset_mask_dw(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         out = dcnv4(projected, self.offset_mask(features), **self.attributes)
         return self.output_proj(_blended(self, out, projected, out))
+
+
+def _depthwise(channels: int, kernel_size: int, stride: int) -> torch.nn.Conv2d:
+    return torch.nn.Conv2d(channels, channels, kernel_size, stride, padding=kernel_size // 2, groups=channels)
 
 
 class _ChannelsLast(torch.nn.Module):
@@ -149,7 +149,7 @@ def _attributes(
         "kernel_size": kernel_size, "stride": stride, "padding": dilation * (kernel_size // 2), "dilation": dilation,
         "group": group, "offset_scale": offset_scale, "remove_center": remove_center,
     }  # fmt: skip
-    canonical(name, **attributes)  # raises
+    canonical(name, **attributes, softmax=False)  # raises
     return attributes
 
 

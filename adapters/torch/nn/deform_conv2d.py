@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ... import check
-from ...check import Padding, Pair
-from ...ops.deform_conv2d import deform_conv2d
+from cudcn import check
+from cudcn.check import Padding, Pair
+from cudcn.ops.deform_conv2d import deform_conv2d
 
 
 class DeformConv2d(torch.nn.Module):
@@ -56,6 +56,7 @@ class DeformConv2d(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.empty(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         )
+        self.bias: torch.nn.Parameter | None
         self.register_parameter("bias", torch.nn.Parameter(torch.empty(self.out_channels)) if bias else None)
         self.reset_parameters()
 
@@ -119,8 +120,8 @@ class ModulatedDeformConv2d(DeformConv2d):
             self.in_channels, 3 * self.offset_groups * math.prod(self.kernel_size), self.kernel_size,
             stride=self.stride, padding=0 if self._uneven else (top, left), dilation=self.dilation,
         )  # fmt: skip
-        torch.nn.init.zeros_(self.conv_offset.weight)
-        torch.nn.init.zeros_(self.conv_offset.bias)
+        for parameter in self.conv_offset.parameters():
+            torch.nn.init.zeros_(parameter)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         taps = self.offset_groups * math.prod(self.kernel_size)

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import torch
 
-from ... import check
-from ...ops.ms_deform_attn import ms_deform_attn
+from cudcn import check
+from cudcn.ops.ms_deform_attn import ms_deform_attn
+
 from ..bind import as_tensor
 from .layers import projection, zeroed
 
