@@ -12,7 +12,7 @@ import pytest
 
 from cudcn import emulator
 
-pytest.register_assert_rewrite("operator_case")
+pytest.register_assert_rewrite("cases.case", "every_case", "frameworks.comparing")
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def fake() -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     counts = {
-        outcome: sum("gpu" in report.keywords for report in terminalreporter.getreports(outcome))
+        outcome: sum("gpu" in getattr(report, "keywords", ()) for report in terminalreporter.getreports(outcome))
         for outcome in ("passed", "failed", "error", "skipped", "xfailed")
     }
     told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference_aggregate as reference
 import torch
-from aggregate_cases import ATTENTION, BY_NAME, CASES, DCNV3, DCNV4, SMALL, Attention, DCNv3, DCNv4, Windows
+from cases.aggregate import ATTENTION, BY_NAME, CASES, DCNV3, DCNV4, SMALL, Attention, DCNv3, DCNv4, Windows
+from cases.case import Case, error
+from every_case import EveryCase, EverySmallCase, agrees_with_float64
 from hypothesis import given, settings, strategies as st
-from operator_case import DTYPES, HALVES, Case, EveryCase, EverySmallCase, agrees_with_float64, error, launched
+from oracles import aggregate as oracle
 
 import cudcn
 from cudcn import emulator, launch
-from cudcn.cuda import aggregate as cuda
 
 PLAIN = [BY_NAME["dcnv3 plain"], BY_NAME["dcnv4 plain"], BY_NAME["ms_deform_attn plain"]]
 SOFTMAX = [BY_NAME["dcnv3 large kernel"], BY_NAME["dcnv4 uneven"], BY_NAME["ms_deform_attn levels apart"]]
@@ -45,13 +45,6 @@ def test_positions_of_half_data_are_float32() -> None:
     assert np.array_equal(out[0, 0, :-1, 0], np.where(np.arange(1199) % 2, 0.75, 0.25).astype(np.float16))
 
 
-@pytest.mark.parametrize("case", PLAIN, ids=str)
-def test_sums_do_not_depend_on_the_run(case: Case) -> None:
-    tensors, grad_output = case.tensors("float32"), case.grad_output("float32")
-    first, second = case.backward(tensors, grad_output), case.backward(tensors, grad_output)
-    assert all(np.array_equal(first[name], second[name]) for name in tensors if first[name] is not None)
-
-
 @pytest.mark.parametrize("case", SOFTMAX, ids=str)
 def test_a_few_queries_at_a_time(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     want = case.forward(case.tensors()), case.backward(case.tensors(), case.grad_output())
@@ -62,60 +55,11 @@ def test_a_few_queries_at_a_time(case: Case, monkeypatch: pytest.MonkeyPatch) ->
             case.close(grad, want[1][name], "float64")
 
 
-# ---- either path
-
-
-@pytest.mark.usefixtures("any_device")
-@pytest.mark.parametrize("case", [*PLAIN, *SOFTMAX], ids=str)
-def test_only_the_gradients_that_are_wanted(case: Case) -> None:
-    """Each alone, and in an array of any strides."""
-    tensors, grad_output = tuple(case.tensors("float32").values()), case.grad_output("float32")
-    plan = case.op.planned(cudcn.op.specs(tensors), **case.op.canonical(**case.attributes))
-    for name, whole in case.backward(case.tensors("float32"), grad_output).items():
-        if whole is None:
-            continue
-        wide = emulator.empty((*whole.shape[:-1], 2 * whole.shape[-1]), whole.dtype)
-        grads = [wide[..., ::2] if name == n else None for n in case.op.tensors]
-        case.op.backward(plan, grads, grad_output, *tensors)
-        case.close(wide[..., ::2], whole, "float32")
-
-
-@pytest.mark.usefixtures("any_device")
-@pytest.mark.parametrize("case", PLAIN, ids=str)
-def test_arrays_of_any_strides_and_alignment(case: Case) -> None:
-    """Each tensor in turn: every other element, and one element further than a vector load would have it."""
-    tensors = case.tensors("float32")
-    want = case.forward(tensors)
-    for name, tensor in tensors.items():
-        strided = np.stack([tensor, tensor * 0 + 3], axis=-1)[..., 0]
-        memory = np.zeros(tensor.size + 1, tensor.dtype)
-        shifted = memory[1:].reshape(tensor.shape)
-        shifted[...] = tensor
-        for array in (strided, shifted):
-            case.close(case.forward({**tensors, name: array}), want, "float32")
-            grads = case.backward({**tensors, name: array}, case.grad_output("float32"))
-            for n, grad in case.backward(tensors, case.grad_output("float32")).items():
-                if grad is not None:
-                    case.close(grads[n], grad, "float32")
-
-
 # ---- the kernels
-
-FINE = [(case, fine) for case in PLAIN for fine in ((), case.op.fine[:1], case.op.fine[1:], case.op.fine)]
 
 
 @pytest.mark.usefixtures("emulated")
 class TestEmulated:
-    @pytest.mark.parametrize(("case", "fine"), FINE, ids=lambda x: "-".join(x) if isinstance(x, tuple) else str(x))
-    @pytest.mark.parametrize("dtype", HALVES)
-    def test_half_types(self, dtype: str, case: Case, fine: tuple[str, ...]) -> None:
-        with emulator.settings(build="fast"):
-            agrees_with_float64(case, dtype, fine)
-
-    def test_checking_build_of_a_half_type(self) -> None:
-        with emulator.settings(build="check", order="reverse"):
-            agrees_with_float64(BY_NAME["dcnv4 plain"], "float16", ("offset_mask",))
-
     @pytest.mark.parametrize("channels", [1, 2, 3, 8, 12, 24, 40, 264])
     @pytest.mark.parametrize("dtype", ["float16", "float32"])
     def test_any_number_of_channels(self, dtype: str, channels: int) -> None:
@@ -123,15 +67,6 @@ class TestEmulated:
         case = DCNv4(f"{channels} channels", batch=1, size=(3, 3), channels=2 * channels, softmax=True)
         with emulator.settings(build="fast"):
             agrees_with_float64(case, dtype)
-
-    def test_every_launched_instance_is_in_the_list(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Which the NVRTC gate compiles for every architecture."""
-        seen = launched(monkeypatch)
-        for dtype in DTYPES:
-            for case in PLAIN:
-                agrees_with_float64(case, dtype)
-        assert len(seen) >= 2 * 2 * len(DTYPES)
-        assert seen <= set(cuda.kernels())
 
     def test_too_large_for_a_launch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch, "LARGEST_GRID", 1)
@@ -178,7 +113,7 @@ def grid_sample(image: Any, x: Any, y: Any) -> Any:
 def torch_dcnv3(input: Any, offset: Any, mask: Any, case: Windows) -> Any:
     a, points = case.canonical, case.points
     batch, (height, width) = case.batch, case.places()
-    taps = torch.tensor(reference.taps(a["kernel_size"], a["remove_center"]), dtype=offset.dtype)
+    taps = torch.tensor(oracle.taps(a["kernel_size"], a["remove_center"]), dtype=offset.dtype)
     pad = a["padding"][0], a["padding"][2]
     position = []
     for axis, size in enumerate((height, width)):
@@ -238,9 +173,9 @@ def test_without_offsets_it_is_a_depthwise_convolution(case: DCNv3) -> None:
     raw = np.log(weight) if case.softmax else weight
     tensors = case.tensors()
     mask = np.broadcast_to(raw.reshape(-1), tensors["mask"].shape)
-    weight = reference.softmax(raw) if case.softmax else weight
+    weight = oracle.softmax(raw) if case.softmax else weight
     filters = np.zeros((case.group, *kernel))
-    for p, (row, column) in enumerate(reference.taps(kernel, case.remove_center)):
+    for p, (row, column) in enumerate(oracle.taps(kernel, case.remove_center)):
         filters[:, row, column] = weight[:, p]
     filters = np.repeat(filters, case.channels // case.group, axis=0)[:, None]
     top, bottom, left, right = case.canonical["padding"]
@@ -271,7 +206,7 @@ def test_attention_in_one_level_is_dcnv3(case: DCNv3) -> None:
     """With the taps' positions as locations."""
     input, offset, mask = case.tensors().values()
     a, (height, width), (out_height, out_width) = case.canonical, case.size, case.places()
-    taps = np.array(reference.taps(a["kernel_size"], a["remove_center"]))
+    taps = np.array(oracle.taps(a["kernel_size"], a["remove_center"]))
     queries = np.stack(np.mgrid[:out_height, :out_width], -1) * a["stride"] - (a["padding"][0], a["padding"][2])
     shift = offset.reshape(case.batch, out_height, out_width, case.group, case.points, 2)[..., ::-1]
     position = queries[:, :, None, None] + taps * a["dilation"] + shift
@@ -291,7 +226,7 @@ def test_softmax_inside_is_softmax_outside(case: Any) -> None:
     tensors = case.tensors()
     raw = tensors[name].reshape(*tensors[name].shape[:3], -1)
     groups = raw.reshape(*raw.shape[:3], case.group, -1) if isinstance(case, DCNv3) else raw
-    weights = reference.softmax(groups).reshape(tensors[name].shape)
+    weights = oracle.softmax(groups).reshape(tensors[name].shape)
     outside = replace(case, softmax=False)
     case.close(case.forward(tensors), outside.forward({**tensors, name: weights}), "float64")
     large = {**tensors, name: tensors[name] + 1e4}
@@ -454,99 +389,3 @@ def test_nothing_to_do() -> None:
     no_queries = Attention("no queries", queries=0)
     assert no_queries.forward(no_queries.tensors()).shape == (2, 0, 6)
     assert not no_queries.backward(no_queries.tensors(), no_queries.grad_output())["value"].any()
-
-
-# ---- bad input
-
-f4 = np.float32
-
-
-def zeros(*shape: int, dtype: Any = f4) -> np.ndarray:
-    return np.zeros(shape, dtype)
-
-
-V3 = {"input": zeros(2, 7, 6, 8), "offset": zeros(2, 7, 6, 36), "mask": zeros(2, 7, 6, 18), "group": 2}
-V4 = {"input": zeros(2, 7, 6, 8), "offset_mask": zeros(2, 7, 6, 56), "group": 2}
-ATTENDED = {
-    "value": zeros(2, 26, 2, 3), "spatial_shapes": np.array([[5, 4], [3, 2]]), "level_start_index": np.array([0, 20]),
-    "sampling_locations": zeros(2, 5, 2, 2, 3, 2), "attention_weights": zeros(2, 5, 2, 2, 3),
-}  # fmt: skip
-WINDOWS = [
-    ({"input": zeros(7, 6, 8)}, ValueError, r"input must be \(N, H, W, C\), got shape \(7, 6, 8\)"),
-    ({"input": zeros(2, 7, 6, 9)}, ValueError, r"group must divide input's channels, got 2 and 9"),
-    ({"input": zeros(2, 7, 6, 0)}, ValueError, r"group must divide input's channels, got 2 and 0"),
-    ({"input": zeros(2, 7, 6, 8, dtype=np.int32)}, TypeError, r"input must be float16, .* got int32"),
-    ({"group": 0}, ValueError, r"group must be at least 1 .* got 0"),
-    ({"group": 2.0}, TypeError, r"group must be made of integers, got 2.0"),
-    ({"kernel_size": 0}, ValueError, r"kernel_size must be at least 1 .* got 0"),
-    ({"kernel_size": (3, 3, 3)}, ValueError, r"kernel_size must be an int or a pair"),
-    ({"kernel_size": (10, 3)}, ValueError, r"the output's height would be empty: .* spans 10, .* 9"),
-    ({"dilation": (1, 4)}, ValueError, r"the output's width would be empty: .* spans 9, .* 8"),
-    ({"stride": 0}, ValueError, r"stride must be at least 1 .* got 0"),
-    ({"padding": -1}, ValueError, r"padding must be at least 0 .* got -1"),
-    ({"offset_scale": np.inf}, ValueError, r"offset_scale must be finite in float64, got inf"),
-    ({"offset_scale": "2"}, TypeError, r"offset_scale must be a number, got '2'"),
-    ({"remove_center": True, "kernel_size": 2}, ValueError, r"remove_center needs a square kernel of odd .* \(2, 2\)"),
-    ({"remove_center": True, "kernel_size": (3, 5)}, ValueError, r"remove_center needs a square .* \(3, 5\)"),
-    ({"remove_center": True, "kernel_size": 1}, ValueError, r"remove_center needs a square .* above 1, got"),
-    ({"remove_center": 1}, TypeError, r"remove_center must be True or False, got 1"),
-    ({"softmax": None}, TypeError, r"softmax must be True or False, got None"),
-]
-BAD = [
-    *(("dcnv3", V3, *row) for row in WINDOWS),
-    *(("dcnv4", V4, *row) for row in WINDOWS),
-    *(("dcnv3", V3, *row) for row in [
-        ({"offset": zeros(2, 7, 6, 18)}, ValueError, r"offset must be .* \* 2\) = \(2, 7, 6, 36\), got .* 18\)"),
-        ({"offset": zeros(1, 7, 6, 36)}, ValueError, r"offset must be .* = \(2, 7, 6, 36\), got \(1, 7, 6, 36\)"),
-        ({"remove_center": True}, ValueError, r"offset must be .* = \(2, 7, 6, 32\), got \(2, 7, 6, 36\)"),
-        ({"mask": zeros(2, 7, 6, 36)}, ValueError, r"mask must be .* = \(2, 7, 6, 18\), got \(2, 7, 6, 36\)"),
-        ({"mask": zeros(2, 7, 6, 18, dtype=np.float16)}, TypeError, r"mask must be float32 like input, got float16"),
-        ({"offset": zeros(2, 7, 6, 36, dtype=np.float64)}, TypeError, r"offset must be float32 like input, got"),
-        ({"mask": None}, TypeError, r"mask is required, got None"),
-    ]),
-    *(("dcnv4", V4, *row) for row in [
-        ({"offset_mask": zeros(2, 7, 6, 54)}, ValueError, r"offset_mask must be .* = \(2, 7, 6, 56\), got .* 54\)"),
-        ({"offset_mask": zeros(2, 7, 6, 56, dtype=np.float64)}, TypeError, r"offset_mask must be float32 like input"),
-    ]),
-    *(("ms_deform_attn", ATTENDED, *row) for row in [
-        ({"value": zeros(2, 26, 6)}, ValueError, r"value must be \(N, S, M, D\), got shape \(2, 26, 6\)"),
-        ({"value": zeros(2, 26, 2, 3, dtype=int)}, TypeError, r"value must be float16, .* got int64"),
-        ({"value": zeros(2, 26, 2, 0)}, ValueError, r"M, D, L and P must be at least 1, got value \(2, 26, 2, 0\)"),
-        ({"value": zeros(3, 26, 2, 3)}, ValueError, r"sampling_locations must be .* = \(3, 5, 2, 2, 3, 2\), got"),
-        ({"spatial_shapes": zeros(2, 2)}, TypeError, r"spatial_shapes must be int32 or int64, got float32"),
-        ({"spatial_shapes": zeros(2, 3, dtype=int)}, ValueError, r"spatial_shapes must be .* = \(2, 2\), got \(2, 3\)"),
-        ({"level_start_index": zeros(3, dtype=int)}, ValueError, r"level_start_index must be .* = \(2,\), got \(3,\)"),
-        ({"sampling_locations": zeros(2, 5, 2, 2, 3)}, ValueError, r"sampling_locations must be \(N, Q, M, L, P, 2\)"),
-        ({"sampling_locations": zeros(2, 5, 2, 2, 3, 3)}, ValueError, r"sampling_locations must be .* got .* 3, 3\)"),
-        ({"sampling_locations": zeros(2, 5, 2, 1, 3, 2)}, ValueError, r"sampling_locations must be .* got .* 3, 2\)"),
-        ({"attention_weights": zeros(2, 5, 2, 2, 4)}, ValueError, r"attention_weights must be .* = .* 2, 3\), got"),
-        ({"attention_weights": zeros(2, 5, 2, 2, 3, dtype=np.float64)}, TypeError, r"attention_weights .* like value"),
-        ({"softmax": "yes"}, TypeError, r"softmax must be True or False, got 'yes'"),
-    ]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "good", "change", "kind", "message"), BAD, ids=[f"{b[0]} {b[4][:30]}" for b in BAD])
-@pytest.mark.parametrize("device", ["cpu", "emulator"])
-def test_bad_input(
-    name: str,
-    good: dict[str, Any],
-    change: dict[str, Any],
-    kind: type,
-    message: str,
-    device: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("CUDCN_DEVICE", device)
-    with pytest.raises(kind, match=f"{name}: {message}"):
-        getattr(cudcn, name)(**{**good, **change})
-
-
-@pytest.mark.parametrize(
-    ("shapes", "starts"),
-    [([[0, 4], [3, 2]], [0, 20]), ([[5, 4], [3, 3]], [0, 20]), ([[5, 4], [3, 2]], [-1, 20])],
-)
-def test_bad_levels(shapes: Any, starts: Any) -> None:
-    bad = {**ATTENDED, "spatial_shapes": np.array(shapes), "level_start_index": np.array(starts)}
-    with pytest.raises(ValueError, match=r"ms_deform_attn: each level must .* inside value's 26, got spatial_shapes"):
-        cudcn.ms_deform_attn(**bad)

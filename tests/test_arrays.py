@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapter_cases import EACH
-from operator_case import Case, Tensors
+from cases import EACH
+from cases.case import Case, Tensors
 
 import cudcn
 

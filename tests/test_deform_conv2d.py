@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deform_conv2d_cases import BY_NAME, CASES, IMAGES, PLAIN, SMALL, DeformConv2d
+from cases.case import DTYPES, HALVES, widened
+from cases.deform_conv2d import BY_NAME, CASES, IMAGES, PLAIN, SMALL, DeformConv2d
+from engines import onnx_runtime, openvino
+from every_case import EveryCase, EverySmallCase, agrees_with_float64, launched
 from hypothesis import given, settings, strategies as st
-from operator_case import DTYPES, HALVES, EveryCase, EverySmallCase, agrees_with_float64, launched, widened
 
 import cudcn
 from cudcn import emulator, launch
@@ -176,42 +178,31 @@ def test_onnx_cases() -> None:
 
 @pytest.mark.parametrize("case", [c for c in CASES[::2] if c.name != "far offsets"], ids=str)
 def test_onnx_runtime(case: DeformConv2d) -> None:
-    import onnxruntime
-    from onnx import TensorProto, helper
-
     input, offset, weight, bias, mask = case.tensors("float32").values()
     bias = np.zeros(case.out_channels, np.float32) if bias is None else bias
     mask = np.ones((case.batch, offset.shape[1] // 2, *offset.shape[2:]), np.float32) if mask is None else mask
     feed = {"x": input, "w": weight, "offset": offset, "b": bias, "mask": mask}
     (top, bottom), (left, right) = case.canonical["padding"]
-    node = helper.make_node(
-        "DeformConv", list(feed), ["y"], kernel_shape=case.kernel, pads=[top, left, bottom, right],
+    want = onnx_runtime(
+        "DeformConv", 19, feed, kernel_shape=case.kernel, pads=[top, left, bottom, right],
         strides=case.canonical["stride"], dilations=case.canonical["dilation"], group=case.groups,
         offset_group=case.offset_groups,
     )  # fmt: skip
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, a.shape) for n, a in feed.items()]
-    graph = helper.make_graph([node], "g", values, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (want,) = session.run(None, feed)
     case.close(case.forward(case.tensors("float32")), want, "float32")
 
 
 def test_openvino() -> None:
-    import openvino
-    from openvino import opset8
-
     case = DeformConv2d("openvino", channels=6, out_channels=4, groups=2, offset_groups=3, bias=False)
     input, offset, weight, _, mask = case.tensors("float32").values()
-    parameters = [opset8.parameter(a.shape, np.float32) for a in (input, offset, weight, mask)]
-    grouped = opset8.reshape(parameters[2], np.array((4, 3, 3, 3)), False)
-    node = opset8.deformable_convolution(
-        parameters[0], parameters[1], grouped, [1, 1], [1, 1], [1, 1], [1, 1], parameters[3],
-        group=2, deformable_group=3, bilinear_interpolation_pad=True,
-    )  # fmt: skip
-    compiled = openvino.Core().compile_model(openvino.Model([node], parameters), "CPU")
-    want = compiled([input, offset, weight, mask])[0]
-    case.close(case.forward(case.tensors("float32")), want, "float32")
+
+    def build(ops: Any, input: Any, offset: Any, weight: Any, mask: Any) -> Any:
+        grouped = ops.reshape(weight, np.array((4, 3, 3, 3)), False)
+        return ops.deformable_convolution(
+            input, offset, grouped, [1, 1], [1, 1], [1, 1], [1, 1], mask,
+            group=2, deformable_group=3, bilinear_interpolation_pad=True,
+        )  # fmt: skip
+
+    case.close(case.forward(case.tensors("float32")), openvino(build, input, offset, weight, mask), "float32")
 
 
 @pytest.mark.parametrize("case", CASES[::2], ids=str)
@@ -339,72 +330,3 @@ def test_empty_batch_and_no_output_channels() -> None:
     assert np.array_equal(grads["weight"], np.zeros((4, 4, 3, 3)))
     no_channels = DeformConv2d("no channels", out_channels=0)
     assert no_channels.forward(no_channels.tensors()).size == 0
-
-
-# ---- bad input
-
-f4 = np.float32
-
-
-def zeros(*shape: int, dtype: Any = f4) -> np.ndarray:
-    return np.zeros(shape, dtype)
-
-
-GOOD = {
-    "input": zeros(2, 4, 7, 6), "offset": zeros(2, 18, 7, 6), "weight": zeros(4, 4, 3, 3),
-    "bias": zeros(4), "mask": zeros(2, 9, 7, 6), "padding": 1,
-}  # fmt: skip
-BAD = [
-    ({"input": zeros(4, 7, 6)}, ValueError, r"input must be \(N, C, H, W\), got shape \(4, 7, 6\)"),
-    ({"offset": zeros(18, 7, 6)}, ValueError, r"offset must be \(N, C, H, W\), got shape"),
-    ({"weight": zeros(4, 4, 9)}, ValueError, r"weight must be .*, got shape \(4, 4, 9\)"),
-    ({"offset": zeros(2, 9, 7, 6)}, ValueError, r"offset must have .* a multiple of 18 .* got 9"),
-    ({"offset": zeros(2, 54, 7, 6)}, ValueError, r".*offset_groups divide input's 4 channels, got 54"),
-    ({"offset": zeros(2, 18, 7, 5)}, ValueError, r"offset must be .* = \(2, 18, 7, 6\), got \(2, 18, 7, 5\)"),
-    ({"offset": zeros(1, 18, 7, 6)}, ValueError, r"offset must be .* = \(2, 18, 7, 6\), got \(1, 18, 7, 6\)"),
-    ({"mask": zeros(2, 18, 7, 6)}, ValueError, r"mask must be .* = \(2, 9, 7, 6\), got \(2, 18, 7, 6\)"),
-    ({"bias": zeros(5)}, ValueError, r"bias must be \(C_out,\) = \(4,\), got \(5,\)"),
-    ({"weight": zeros(4, 3, 3, 3)}, ValueError, r"weight .* input's 4 channels into groups .* got \(4, 3, 3, 3\)"),
-    ({"weight": zeros(5, 2, 3, 3)}, ValueError, r".*groups that divide C_out, got \(5, 2, 3, 3\)"),
-    ({"weight": zeros(4, 0, 3, 3)}, ValueError, r".*must not be empty, got .*\(4, 0, 3, 3\)"),
-    ({"weight": zeros(4, 4, 10, 3)}, ValueError, r"the output's height would be empty: .* spans 10, .* 9"),
-    ({"dilation": (1, 4)}, ValueError, r"the output's width would be empty: .* spans 9, .* 8"),
-    ({"stride": 0}, ValueError, r"stride must be at least 1 .* got 0"),
-    ({"stride": (1, -2)}, ValueError, r"stride must be at least 1 .* got -2"),
-    ({"stride": 1.5}, TypeError, r"stride must be made of integers, got 1.5"),
-    ({"stride": (1, 1, 1)}, ValueError, r"stride must be an int or a pair \(h, w\), got \(1, 1, 1\)"),
-    ({"dilation": 0}, ValueError, r"dilation must be at least 1 .* got 0"),
-    ({"padding": -1}, ValueError, r"padding must be at least 0 .* got -1"),
-    ({"padding": 2**31}, ValueError, r"padding must be .* below 2\*\*31, got 2147483648"),
-    ({"layout": "CHWN"}, ValueError, r"layout must be 'NCHW' or 'NHWC', got 'CHWN'"),
-    ({"input": zeros(2, 4, 7, 6, dtype=np.int32)}, TypeError, r"input must be float16, .* got int32"),
-    ({"weight": zeros(4, 4, 3, 3, dtype=np.float64)}, TypeError, r"weight must be float32 like input, got float64"),
-    ({"offset": zeros(2, 18, 7, 6, dtype=np.float64)}, TypeError, r"offset must be float32 like input, got float64"),
-    ({"mask": zeros(2, 9, 7, 6, dtype=np.float16)}, TypeError, r"mask must be float32 like input, got float16"),
-    ({"bias": zeros(4, dtype=np.float64)}, TypeError, r"bias must be float32 like input, got float64"),
-    ({"input": [[1.0]]}, TypeError, r"input must be an array of NumPy, .* got list"),
-    ({"weight": None}, TypeError, r"weight is required, got None"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "kind", "message"), BAD, ids=[m[:40] for _, _, m in BAD])
-@pytest.mark.parametrize("device", ["cpu", "emulator"])
-def test_bad_input(
-    change: dict[str, Any], kind: type, message: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CUDCN_DEVICE", device)
-    with pytest.raises(kind, match="deform_conv2d: " + message):
-        cudcn.deform_conv2d(**{**GOOD, **change})
-
-
-def test_bad_grad_output() -> None:
-    tensors = {k: v for k, v in GOOD.items() if k != "padding"}
-    for grad_output in (zeros(2, 4, 7, 5), zeros(2, 4, 7, 6, dtype=np.float64)):
-        with pytest.raises(ValueError, match=r"deform_conv2d_backward: grad_output must have .* got \(2, 4, 7"):
-            cudcn.deform_conv2d_backward(grad_output, **tensors, padding=1)
-
-
-def test_bad_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDCN_DEVICE", "tpu")
-    with pytest.raises(ValueError, match=r"CUDCN_DEVICE must be 'cpu' or 'emulator'.* got 'tpu'"):
-        cudcn.deform_conv2d(**GOOD)

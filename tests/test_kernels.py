@@ -16,7 +16,7 @@ from cudcn.__main__ import main
 
 pytest.importorskip("cupy")
 SOURCES = sorted({kernel.source for kernel in nvrtc.kernels()})
-TEST_KERNELS = Path(__file__).parent / "kernels"
+TEST_KERNELS = Path(__file__).parent / "emulator" / "kernels"
 
 
 @pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)

@@ -9,7 +9,7 @@ import pkgutil
 from inspect import Parameter
 
 import pytest
-from adapter_cases import EACH
+from cases import EACH
 
 import cudcn
 from cudcn import ops

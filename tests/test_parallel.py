@@ -13,7 +13,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from deform_conv2d_cases import BY_NAME, PLAIN
+from cases.deform_conv2d import BY_NAME, PLAIN
 
 from cudcn.cpu import parallel
 

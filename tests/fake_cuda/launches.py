@@ -20,7 +20,7 @@ import numpy as np
 from cudcn import emulator, sources
 from cudcn.emulator.launch import POINTER, VALUE
 
-FOLDERS = (sources.FOLDER, Path(__file__).resolve().parent.parent / "kernels")
+FOLDERS = (sources.FOLDER, Path(__file__).resolve().parent.parent / "emulator" / "kernels")
 
 
 class _Launch(ctypes.Structure):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulator_cases import BFLOAT16, BUILDS, INCLUDE, KERNELS, KERNELS_CU, ORDERS, PREFIX
+from emulator.builds import BFLOAT16, BUILDS, INCLUDE, KERNELS, KERNELS_CU, ORDERS, PREFIX
 
 from cudcn import emulator
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapter_cases import (
-    CASES,
-    EACH,
+from cases import ADAPTED, EACH
+from cases.case import HALVES, Case, Tensors
+from frameworks.comparing import (
     PLAIN,
     SECOND,
     assert_close,
@@ -27,7 +27,6 @@ from adapter_cases import (
     check_tensors_by_position,
     expected,
 )
-from operator_case import HALVES, Case, Tensors
 
 import cudcn
 from cudcn import check
@@ -83,7 +82,7 @@ def differentiable(case: Case, given: Tensors) -> Tensors:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ADAPTED, ids=str)
 def test_agrees_with_numpy(case: Case, device: str) -> None:
     with jax.default_device(jax.devices(device)[0]):
         given, grad_output = tensors(case), jnp.asarray(case.grad_output())
@@ -115,7 +114,7 @@ def test_dtypes(case: Case, dtype: str) -> None:
         case.close(got, wants[name], dtype)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ADAPTED, ids=str)
 def test_check_grads(case: Case) -> None:
     given = {name: None if t is None else jnp.asarray(t) for name, t in case.smooth(dict(case.tensors())).items()}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapter_cases import PLAIN
+from frameworks.comparing import PLAIN
 
 import cudcn
 

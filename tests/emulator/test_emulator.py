@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulator_cases import BFLOAT16, BUILDS, INCLUDE, KERNELS, KERNELS_CU, ORDERS
-from test_emulator_bugs import BUG_NUMBERS, BUGS, mma_gemm, run_bug, tiled_gemm
+from emulator.bugs import BUG_NUMBERS, BUGS, run_bug
+from emulator.builds import BFLOAT16, BUILDS, INCLUDE, KERNELS, KERNELS_CU, ORDERS
+from emulator.products import mma_gemm, tiled_gemm
 
 from cudcn import emulator
 from cudcn.emulator import BuildError, EmulatorError

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import reference
-from operator_case import Case, Tensors
+from oracles import deform_conv2d as oracle
 
 from cudcn.ops.deform_conv2d import OP
+
+from .case import Case, Tensors
 
 IMAGES = ("input", "offset", "mask")  # the tensors that have the layout
 
@@ -71,7 +72,7 @@ class DeformConv2d(Case):
 
     def slow(self, **tensors: Any) -> np.ndarray:
         by_channel = {name: self.planar(tensor) if name in IMAGES else tensor for name, tensor in tensors.items()}
-        return self.arranged(reference.deform_conv2d(**by_channel, **self.canonical))
+        return self.arranged(oracle.deform_conv2d(**by_channel, **self.canonical))
 
     def smooth(self, tensors: Tensors) -> Tensors:
         """No sample near the border of two cells."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulator_cases import INCLUDE
+from emulator.builds import INCLUDE
 
 from cudcn import emulator
 from cudcn.emulator import EmulatorError, build
@@ -214,9 +214,9 @@ def test_other_processors(load: Callable, monkeypatch: pytest.MonkeyPatch) -> No
 def test_emulated_tests_are_skipped_on_other_machines(tmp_path: Path) -> None:
     """A launch, and a fault that is expected of one."""
     (tmp_path / "other_machine.py").write_text("import platform\nplatform.machine = lambda: 'aarch64'\n")
-    tests = Path(__file__).parent
+    tests = Path(__file__).parent.parent
     chosen = [
-        f"{tests / 'test_emulator.py'}::test_null_pointer_and_stack_overflow",
+        f"{tests / 'emulator' / 'test_emulator.py'}::test_null_pointer_and_stack_overflow",
         f"{tests / 'test_deform_conv2d.py'}::TestEverySmallCase::test_checking_build",
     ]
     command = [sys.executable, "-m", "pytest", "-p", "other_machine", "-n", "0", "-rs", *chosen]

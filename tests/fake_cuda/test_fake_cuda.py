@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fake_cuda
 import numpy as np
 import pytest
-from adapter_cases import EACH
-from fake_cuda import ALLOCATING, STREAMED, WAITING, build, launches, noted_calls, run_by_turns
-from operator_case import Case, Tensors
+from cases import EACH
+from cases.case import Case, Tensors
 
+import fake_cuda
 from cudcn import launch
+from fake_cuda import ALLOCATING, STREAMED, WAITING, build, launches, noted_calls, run_by_turns
 
 pytestmark = pytest.mark.gpu
 PASSES = ("forward", "backward")

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import reference_pooling as reference
-from operator_case import Case, Tensors
+from oracles import pooling as oracle
 
 from cudcn.ops import deform_psroi_pool, deform_roi_pool, psroi_pool, roi_avg_pool
+
+from .case import Case, Tensors
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class RoiPooling(Case):
     output_size: Any = (3, 2)
     spatial_scale: float = 0.5
     channels_last: bool = False  # in memory
+    whole: bool = False  # each roi the whole image
 
     def __str__(self) -> str:
         return f"{self.op.name} {self.name}"
@@ -43,13 +45,15 @@ class RoiPooling(Case):
 
     def boxes(self, random: np.random.Generator) -> np.ndarray:
         """Of all sizes; some reach out of the image, some end before they start."""
+        if self.whole:
+            return np.tile([0.0, 0, 0, self.size[1] - 1, self.size[0] - 1], (self.rois, 1))
         height, width = np.divide(self.size, self.spatial_scale)
         start = random.uniform(-0.2, 0.8, (self.rois, 2)) * (width, height)
         end = start + random.uniform(-0.1, 0.8, (self.rois, 2)) * (width, height)
         return np.column_stack([random.integers(0, self.batch, self.rois), start, end])
 
     def slow(self, **tensors: Any) -> np.ndarray:
-        return getattr(reference, self.op.name)(**tensors, **self.canonical)
+        return getattr(oracle, self.op.name)(**tensors, **self.canonical)
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,7 @@ CASES: list[RoiPooling] = [
     DeformPSRoiPool("without offset", offset=False, classes=3, spatial_scale=0.3),
     DeformPSRoiPool("far offsets", reach=6.0, rois=6, trans_std=0.2),
 ]
+PLAIN = [case for case in CASES if case.name == "plain"]  # one of each operator
 BY_NAME = {str(case): case for case in CASES}
 SMALL = [replace(case, rois=2, channels=min(case.channels, 6)) for case in CASES if "far" not in case.name]
 # for the adapters: pairs unequal, several classes; the last of each operator has all its tensors

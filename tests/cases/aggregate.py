@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import reference_aggregate as reference
-from operator_case import Case, Tensors
+from oracles import aggregate as oracle
 
 from cudcn.ops import dcnv3, dcnv4, ms_deform_attn
+
+from .case import Case, Tensors
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Windows(Case):
 
     @property
     def points(self) -> int:
-        return len(reference.taps(self.canonical["kernel_size"], self.remove_center))
+        return len(oracle.taps(self.canonical["kernel_size"], self.remove_center))
 
     def places(self) -> tuple[int, int]:
         """The output's height and width."""
@@ -83,7 +84,7 @@ class DCNv3(Windows):
         return {"input": image, "offset": offset, "mask": mask}
 
     def slow(self, **tensors: Any) -> np.ndarray:
-        return reference.dcnv3(**tensors, **self.canonical)
+        return oracle.dcnv3(**tensors, **self.canonical)
 
     def smooth(self, tensors: Tensors) -> Tensors:
         return {**tensors, "offset": self.inside_cells(tensors["offset"])}
@@ -107,10 +108,10 @@ class DCNv4(Windows):
         return np.concatenate([*parts, np.full((*offset.shape[:3], unused), 7.0)], axis=-1)
 
     def unpacked(self, offset_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return reference.unpacked(offset_mask, self.group, self.points)
+        return oracle.unpacked(offset_mask, self.group, self.points)
 
     def slow(self, input: Any, offset_mask: Any) -> np.ndarray:
-        return reference.dcnv3(input, *self.unpacked(offset_mask), **self.canonical)
+        return oracle.dcnv3(input, *self.unpacked(offset_mask), **self.canonical)
 
     def smooth(self, tensors: Tensors) -> Tensors:
         offset, mask = self.unpacked(tensors["offset_mask"])
@@ -152,7 +153,7 @@ class Attention(Case):
         }
 
     def slow(self, **tensors: Any) -> np.ndarray:
-        return reference.ms_deform_attn(**tensors, softmax=self.softmax)
+        return oracle.ms_deform_attn(**tensors, softmax=self.softmax)
 
     def smooth(self, tensors: Tensors) -> Tensors:
         size = tensors["spatial_shapes"][:, None, ::-1]

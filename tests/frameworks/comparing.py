@@ -1,4 +1,4 @@
-"""Cases and comparisons for the adapters' tests; no framework is imported here."""
+"""Comparisons for the adapters' tests; no framework is imported here."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from aggregate_cases import ADAPTED as AGGREGATE
-from deform_conv2d_cases import ADAPTED as DEFORM_CONV2D
-from operator_case import Case, Tensors
-from pooling_cases import ADAPTED as POOLING
+from cases import EACH, deform_conv2d
+from cases.case import Case, Tensors
 
 import cudcn
 
-CASES: list[Case] = [*DEFORM_CONV2D, *POOLING, *AGGREGATE]
-EACH = list({case.op.name: case for case in CASES}.values())  # one case per operator, its last
-PLAIN = next(case for case in DEFORM_CONV2D if case.name == "v2" and case.layout == "NCHW")
+PLAIN = next(case for case in deform_conv2d.ADAPTED if case.name == "v2" and case.layout == "NCHW")
 SECOND = "the second derivative is not implemented"
 
 
@@ -65,7 +61,7 @@ def check_tensors_by_position(adapter: Any, case: Case, make: Callable[[Any], An
 
 
 def check_missing_arguments(adapter: Any, make: Callable[[Any], Any]) -> None:
-    case = next(case for case in POOLING if case.op.name == "roi_avg_pool")
+    case = next(case for case in EACH if case.op.name == "roi_avg_pool")
     given = [make(t) for t in case.tensors().values()]
     for function, tensors in ((adapter.roi_avg_pool, given), (adapter.roi_avg_pool_backward, [given[0], *given])):
         for arguments, keywords, message in (

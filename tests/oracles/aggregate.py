@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from reference import bilinear
+
+from .bilinear import bilinear
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

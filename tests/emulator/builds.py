@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 KERNELS = Path(__file__).parent / "kernels"
-KERNELS_CU = Path(__file__).parent.parent / "kernels_cu"
+KERNELS_CU = Path(__file__).parents[2] / "kernels_cu"
 INCLUDE = (KERNELS_CU,)
 
 BUILDS = ("fast", "check")

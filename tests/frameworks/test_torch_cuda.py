@@ -9,14 +9,15 @@ from typing import Any
 
 import fake_cuda
 import pytest
-from adapter_cases import CASES, EACH, PLAIN, assert_close, double, expected
+from cases import ADAPTED, EACH
+from cases.case import HALVES, Case, Tensors
 from fake_cuda import STREAMED, WAITING, noted_calls, run_by_turns
-from operator_case import HALVES, Case, Tensors
+from frameworks.comparing import PLAIN, assert_close, double, expected
 
 import cudcn
 
 torch = pytest.importorskip("torch")
-from test_torch import gradients, tensors, to_torch  # noqa: E402
+from frameworks.torch_tensors import gradients, tensors, to_torch  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fake")]
 
@@ -64,7 +65,7 @@ def check(case: Case, cuda: Any, given: Tensors, dtype: str = "float64", device:
             case.close(double(raw[name]), wants[name], dtype)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ADAPTED, ids=str)
 def test_agrees_with_numpy(case: Case, cuda: Any) -> None:
     check(case, cuda, tensors(case))
 

@@ -1,0 +1,221 @@
+"""The torch adapter under torch's transformations: autograd's checks, compile, export, torch.func, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from cases import ADAPTED, EACH
+from cases.case import Case, Tensors
+from cases.deform_conv2d import IMAGES
+from frameworks.comparing import PLAIN, SECOND, assert_close, double
+
+import cudcn
+
+torch = pytest.importorskip("torch")
+from frameworks.torch_tensors import (  # noqa: E402
+    differentiable,
+    flat,
+    forward_of,
+    gradients,
+    loss_of,
+    overload,
+    tensors,
+    to_torch,
+)
+
+FORWARD_MODE = "must implement the jvp function"  # torch's own words
+# by torch.func.jvp itself, the first time
+jit_is_deprecated = pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")
+
+
+@pytest.mark.parametrize("case", ADAPTED, ids=str)
+def test_opcheck(case: Case) -> None:
+    name, given = case.op.name, tensors(case, grad=False)
+    torch.library.opcheck(overload(name), (*tensors(case).values(), *flat(case)))
+    grad_output = torch.ones_like(case.forward(given))
+    for needs in (case.op.differentiable([*given.values()]), [False] * len(given)):
+        torch.library.opcheck(overload(f"{name}_backward"), (grad_output, *given.values(), *flat(case), needs))
+
+
+@pytest.mark.parametrize("case", ADAPTED, ids=str)
+def test_gradcheck(case: Case) -> None:
+    smooth = {name: to_torch(t) for name, t in case.smooth(dict(case.tensors())).items()}
+    given = {name: t.requires_grad_() for name, t in smooth.items() if t is not None and name not in case.op.constants}
+    assert torch.autograd.gradcheck(
+        lambda *t: case.forward({**smooth, **dict(zip(given, t, strict=True))}), tuple(given.values()), fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("public", [False, True])
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_compile(case: Case, public: bool, dynamic: bool) -> None:
+    function = getattr(cudcn if public else cudcn.torch, case.op.name)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda given: function(**given, **case.attributes).square().sum(),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=dynamic,
+    )
+    again = replace(case, name=case.name + " again")  # other numbers
+    sizes = [case, again, replace(case, batch=1)] if dynamic else [case, again]
+    for size in sizes:
+        given, eager = tensors(size), tensors(size)
+        compiled(given).backward()
+        size.forward(eager).square().sum().backward()
+        for name, got in gradients(given).items():
+            assert_close(got, double(eager[name].grad) if got is not None else None)
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_compile_the_raw_backward(case: Case) -> None:
+    backward = getattr(cudcn.torch, f"{case.op.name}_backward")
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda grad, given: tuple(backward(grad, **given, **case.attributes)), fullgraph=True, backend="aot_eager"
+    )
+    given, grad_output = tensors(case, grad=False), to_torch(case.grad_output())
+    want = case.backward(given, grad_output)
+    for got, name in zip(compiled(grad_output, given), want, strict=True):
+        assert_close(got, double(want[name]))
+
+
+def test_export() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, given: Tensors) -> Any:
+            return PLAIN.forward(given)
+
+    batch = {0: torch.export.Dim.DYNAMIC}
+    dynamic = {name: batch if name in IMAGES else None for name in PLAIN.tensors()}
+    program = torch.export.export(Model(), (tensors(grad=False),), dynamic_shapes=(dynamic,))
+    given = tensors(replace(PLAIN, batch=1), grad=False)
+    assert_close(program.module()(given), double(PLAIN.forward(given)))
+
+
+@jit_is_deprecated
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_refuses_the_second_derivative(case: Case) -> None:
+    given = tensors(case)
+    first = next(iter(given.values()))
+    (grad,) = torch.autograd.grad(case.forward(given).sum(), first, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"{case.op.name}: {SECOND}"):
+        grad.sum().backward()
+    name, tensor = next(iter(differentiable(case).items()))
+    gradient = torch.func.grad(loss_of(case, [name]))
+    with pytest.raises(NotImplementedError, match=f"{case.op.name}: {SECOND}"):
+        torch.func.grad(lambda t: gradient(t).sum())(tensor)
+    grad_output = to_torch(case.grad_output())
+    raw = lambda t: case.backward(tensors(case, grad=False), t)[name]  # noqa: E731
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=FORWARD_MODE):
+        raw(torch.autograd.forward_ad.make_dual(grad_output, grad_output))
+
+
+@jit_is_deprecated
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_refuses_forward_mode(case: Case) -> None:
+    """Of each tensor, also where nothing is recorded for a backward pass."""
+    for name, tensor in differentiable(case).items():
+        loss = loss_of(case, [name])
+        for function in loss, torch.func.grad(loss):
+            with pytest.raises(NotImplementedError, match=FORWARD_MODE):
+                torch.func.jvp(function, (tensor,), (tensor,))
+        with (
+            torch.no_grad(),
+            torch.autograd.forward_ad.dual_level(),
+            pytest.raises(NotImplementedError, match=FORWARD_MODE),
+        ):
+            loss(torch.autograd.forward_ad.make_dual(tensor, tensor))
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_func_grad(case: Case) -> None:
+    given = differentiable(case)
+    want = case.backward(tensors(case, grad=False), to_torch(case.grad_output()))
+
+    loss = loss_of(case, given)
+
+    def loss_twice(*values: Any) -> Any:
+        value = loss(*values)
+        return value, value.detach()
+
+    transform = torch.func.grad(loss_twice, argnums=tuple(range(len(given))), has_aux=True)
+    grads, value = transform(*given.values())
+    assert_close(value, double(loss(*given.values())))
+    for name, got in zip(given, grads, strict=True):
+        assert_close(got, double(want[name]))
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_func_vjp(case: Case) -> None:
+    given, grad_output = differentiable(case), to_torch(case.grad_output())
+    want = case.backward(tensors(case, grad=False), grad_output)
+
+    out, pull = torch.func.vjp(forward_of(case, given), *given.values())
+    assert_close(out, double(case.forward(tensors(case))))
+    for name, got in zip(given, pull(grad_output), strict=True):
+        assert_close(got, double(want[name]))
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_func_jacrev(case: Case) -> None:
+    """Of three of the output's numbers, against one backward pass for each."""
+    given, forward = differentiable(case), forward_of(case, differentiable(case))
+    out = forward(*given.values())
+    places = [0, out.numel() // 2, out.numel() - 1]
+    some = lambda *values: forward(*values).flatten()[places]  # noqa: E731
+    jacobians = torch.func.jacrev(some, argnums=tuple(range(len(given))))(*given.values())
+    for row, place in enumerate(places):
+        unit = torch.zeros(out.numel(), dtype=out.dtype)
+        unit[place] = 1
+        want = case.backward(tensors(case, grad=False), unit.reshape(out.shape))
+        for name, jacobian in zip(given, jacobians, strict=True):
+            assert_close(jacobian[row], double(want[name]))
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_vmap(case: Case) -> None:
+    """Over all tensors and over one, inside and outside of grad, and nested."""
+    again = replace(case, name=case.name + " again")  # other numbers
+    items = [tensors(case, grad=False), tensors(again, grad=False)]
+    given = {name: t for name, t in items[0].items() if t is not None}
+    stacked = {name: torch.stack([item[name] for item in items], -1) for name in given}
+    outs = torch.vmap(case.forward, in_dims=(dict.fromkeys(given, -1),), out_dims=1)(stacked)
+    for index, item in enumerate(items):
+        assert_close(outs[:, index], double(case.forward(item)))
+
+    name, tensor = next(iter(differentiable(case).items()))
+    one = torch.stack([tensor, 2 * tensor, 3 * tensor])
+    loss = loss_of(case, [name])
+    want = torch.stack([torch.func.grad(loss)(item) for item in one])
+    of_each = torch.vmap(torch.func.grad(loss))
+    assert_close(of_each(one), double(want))
+    assert_close(torch.vmap(of_each)(one[None])[0], double(want))
+    assert_close(torch.func.grad(lambda items: torch.vmap(loss)(items).sum())(one), double(want))
+    with pytest.raises(NotImplementedError, match=f"{case.op.name}: vmap over an axis of length 0"):
+        torch.vmap(loss)(one[:0])
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_autograd_records_outside_of_func(case: Case) -> None:
+    given, grad_output = tensors(case), to_torch(case.grad_output())
+    name = next(iter(given))
+    out, _ = torch.func.vjp(lambda t: case.forward({**given, name: t}), given[name])
+    out.backward(grad_output)
+    want = case.backward(tensors(case, grad=False), grad_output)
+    for name, got in gradients(given).items():
+        assert_close(got, double(want[name]))
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_checkpointing(case: Case) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    given = differentiable(case)
+    leaves = [t.detach().requires_grad_() for t in given.values()]
+    checkpoint(loss_of(case, given), *leaves, use_reentrant=False).backward()
+    want = case.backward(tensors(case, grad=False), to_torch(case.grad_output()))
+    for name, leaf in zip(given, leaves, strict=True):
+        assert_close(leaf.grad, double(want[name]))

@@ -1,0 +1,1 @@
+"""Slow, obvious loops in float64, one file a family."""

@@ -1,0 +1,72 @@
+"""What holds of every operator, on one case of each."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cases import EACH
+from cases.case import DTYPES, HALVES, Case
+from every_case import agrees_with_float64, launched
+
+import cudcn
+from cudcn import emulator
+
+every_operator = pytest.mark.parametrize("case", EACH, ids=lambda case: case.op.name)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", HALVES)
+@every_operator
+def test_half_data_with_any_float32_positions(case: Case, dtype: str) -> None:
+    count = len(case.op.fine)
+    with emulator.settings(build="fast"):
+        for chosen in itertools.product((False, True), repeat=count):
+            agrees_with_float64(case, dtype, tuple(itertools.compress(case.op.fine, chosen)))
+
+
+@pytest.mark.usefixtures("emulated")
+@every_operator
+def test_half_data_on_the_checking_build(case: Case) -> None:
+    with emulator.settings(build="check", order="reverse"):
+        agrees_with_float64(case, "float16", case.op.fine[:1])
+
+
+@pytest.mark.usefixtures("emulated")
+@every_operator
+def test_every_launched_instance_is_in_the_list(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which NVRTC compiles for every architecture."""
+    seen = launched(monkeypatch)
+    for dtype in DTYPES:
+        agrees_with_float64(case, dtype)
+    assert len(seen) >= 2 * len(DTYPES)
+    assert seen <= set(case.op.cuda.kernels())
+
+
+@pytest.mark.usefixtures("any_device")
+@every_operator
+def test_only_the_gradients_that_are_wanted(case: Case) -> None:
+    """Each alone, and in an array of any strides."""
+    tensors, grad_output = tuple(case.tensors("float32").values()), case.grad_output("float32")
+    plan = case.op.planned(cudcn.op.specs(tensors), **case.op.canonical(**case.attributes))
+    for name, whole in case.backward(case.tensors("float32"), grad_output).items():
+        if whole is None:
+            continue
+        wide = emulator.empty((*whole.shape[:-1], 2 * whole.shape[-1]), whole.dtype)
+        grads = [wide[..., ::2] if name == n else None for n in case.op.tensors]
+        case.op.backward(plan, grads, grad_output, *tensors)
+        case.close(wide[..., ::2], whole, "float32")
+
+
+@pytest.mark.usefixtures("any_device")
+@every_operator
+def test_nothing_to_do(case: Case) -> None:
+    """No images, and so no rois or queries."""
+    empty = replace(case, batch=0, **({"rois": 0} if hasattr(case, "rois") else {}))
+    assert empty.forward(empty.tensors()).shape == empty.output_shape()
+    for name, grad in empty.backward(empty.tensors(), empty.grad_output()).items():
+        if grad is not None:
+            assert grad.shape == empty.tensors()[name].shape
+            assert not np.any(grad)
