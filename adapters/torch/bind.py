@@ -53,6 +53,8 @@ def as_tensor(value: Any, like: torch.Tensor) -> Any:
     """A NumPy array, which an operator's constants may be, as a tensor on the device of another."""
     if not isinstance(value, np.ndarray):
         return value
+    if not torch.compiler.is_compiling():  # which takes NumPy's arrays for tensors
+        value = value.astype(value.dtype.newbyteorder("="), copy=False)
     # a copy: torch refuses arrays that run backwards, and warns of those that are read-only
     return torch.from_numpy(value.copy()).to(like.device)
 

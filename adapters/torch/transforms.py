@@ -2,9 +2,9 @@
 
 torch.compile and torch.export know it as a torch operator with a derivative registered. The registration's Function
 is hidden from torch.func's transforms and drops forward-mode derivatives in silence, so that eager calls go through a
-Function of our own, above the dispatcher: the transforms see it, and without a `jvp` it refuses forward mode. All of
-this is torch's public interface, which is the same in every version. What stays torch's error is torch.compile of one
-of torch.func's transforms.
+Function of our own, above the dispatcher: the transforms see it, and it refuses forward mode. All of this is torch's
+public interface, which is the same in every version. What stays torch's error is torch.compile of one of torch.func's
+transforms.
 """
 
 from __future__ import annotations
@@ -78,6 +78,10 @@ class _Forward(torch.autograd.Function):
         return *_differentiate(ctx.op, ctx, grad_output), None
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(f"{ctx.op.name}: forward-mode differentiation is not implemented")
+
+    @staticmethod
     def vmap(info: Any, in_dims: Arguments, *inputs: Any) -> Any:
         return torch.stack(_one_by_one(_Forward, info, in_dims, inputs)), 0
 
@@ -97,6 +101,10 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return _refuse(ctx.op, ctx, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(f"{ctx.op.name}_backward: forward-mode differentiation is not implemented")
 
     @staticmethod
     def vmap(info: Any, in_dims: Arguments, *inputs: Any) -> Any:
