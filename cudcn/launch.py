@@ -1,7 +1,7 @@
 """The only place that compiles and launches kernels: on a GPU through CuPy, or on the emulated one.
 
 Both devices offer the same few things, so that an operator's CUDA path is one piece of Python for either:
-`xp` (CuPy or NumPy), `empty`, `matmul` and `launch`.
+`xp` (CuPy or NumPy), `empty` and `launch`.
 """
 
 from __future__ import annotations
@@ -63,39 +63,6 @@ class _Cuda:
         self.xp = cupy
         self.empty = cupy.empty
 
-    def matmul(self, a: Any, b: Any, out: Any) -> None:
-        """out = a @ b, of matrices; `out` is C-contiguous, of the type of sums, so that nothing is summed in half.
-
-        By cuBLAS itself, as CuPy's matmul has results of half types, and copies what lies between other elements.
-        """
-        from cupy_backends.cuda.libs import cublas
-
-        runtime = self.xp.cuda.runtime
-        types = {
-            "float16": runtime.CUDA_R_16F, "bfloat16": runtime.CUDA_R_16BF,
-            "float32": runtime.CUDA_R_32F, "float64": runtime.CUDA_R_64F,
-        }  # fmt: skip
-        compute = cublas.CUBLAS_COMPUTE_64F if out.dtype == np.float64 else cublas.CUBLAS_COMPUTE_32F
-        one, zero = np.ones(1, out.dtype), np.zeros(1, out.dtype)
-        (a, order_a, step_a), (b, order_b, step_b) = self._operand(a), self._operand(b)
-        # cuBLAS has its matrices column by column, so to it these are their transposes: out' = b' @ a'
-        cublas.gemmEx(
-            self.xp.cuda.device.get_cublas_handle(), order_b, order_a, out.shape[1], out.shape[0], a.shape[1],
-            one.ctypes.data, b.data.ptr, types[b.dtype.name], step_b, a.data.ptr, types[a.dtype.name], step_a,
-            zero.ctypes.data, out.data.ptr, types[out.dtype.name], out.shape[1], compute, cublas.CUBLAS_GEMM_DEFAULT,
-        )  # fmt: skip
-
-    def _operand(self, matrix: Any) -> tuple[Any, int, int]:
-        """The matrix, cuBLAS's word for how its transpose is stored, and the elements from one line to the next."""
-        from cupy_backends.cuda.libs import cublas
-
-        for order, line, along in (cublas.CUBLAS_OP_N, 0, 1), (cublas.CUBLAS_OP_T, 1, 0):
-            step, length = matrix.strides[line] // matrix.itemsize, matrix.shape[along]
-            one_line = matrix.shape[line] == 1
-            if matrix.strides[along] == matrix.itemsize and (one_line or step >= length):
-                return matrix, order, length if one_line else step
-        return self.xp.ascontiguousarray(matrix), cublas.CUBLAS_OP_N, matrix.shape[1]
-
     def launch(self, kernel: Kernel, grid: int, block: tuple[int, int], *args: Any) -> None:
         _compiled(kernel, self.xp.cuda.runtime.getDevice())((grid,), block, args)
 
@@ -119,9 +86,6 @@ class _Emulated:
 
         self._emulator = emulator
         self.empty = emulator.empty
-
-    def matmul(self, a: Any, b: Any, out: Any) -> None:
-        np.matmul(a.astype(out.dtype), b.astype(out.dtype), out=out)
 
     def launch(self, kernel: Kernel, grid: int, block: tuple[int, int], *args: Any) -> None:
         compiled = self._emulator.kernel(sources.path(kernel.source), kernel.expression)

@@ -25,7 +25,8 @@ template <typename A> struct Cell {
   bool valid[4];     // top left, top right, bottom left, bottom right; all false outside
   bool inside;       // that there is a cell
   bool adds;         // that its value counts
-  long long at[4];   // element offsets of the corners, from the plane's first element
+  long long first;   // element offset of the top left corner from the plane's first element, outside the image too
+  long long at[4];   // of the corners that are valid
   A down, right;     // distances from the top left corner
 
   Cell() = default;
@@ -40,6 +41,7 @@ template <typename A> struct Cell {
     down = inside ? y - top : A(0);
     right = inside ? x - left : A(0);
     const int y0 = int(top), x0 = int(left);
+    first = y0 * stride_y + x0 * stride_x;
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
       const int yy = y0 + corner / 2, xx = x0 + corner % 2;

@@ -24,6 +24,29 @@ template <typename T, int V> struct Vector {
   __device__ __forceinline__ void set(int v, T element) { reinterpret_cast<T *>(&word)[v] = element; }
 };
 
+// 16 bytes of memory that nobody writes meanwhile, zeros where nothing is to be read; without a branch, so that several
+// are on their way at once.
+template <typename T> __device__ __forceinline__ Vector<T, 16 / int(sizeof(T))> load_wide(const T *from, int valid) {
+#if defined(__CUDACC__)
+  uint4 word;
+  asm("{\n"
+      ".reg .pred valid;\n"
+      "setp.ne.b32 valid, %5, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "mov.b32 %1, 0;\n"
+      "mov.b32 %2, 0;\n"
+      "mov.b32 %3, 0;\n"
+      "@valid ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "=&r"(word.x), "=&r"(word.y), "=&r"(word.z), "=&r"(word.w)
+      : "l"(__cvta_generic_to_global(from)), "r"(valid));
+  return {word};
+#else
+  using V = Vector<T, 16 / int(sizeof(T))>;
+  return V::load(reinterpret_cast<const V *>(from), valid != 0);
+#endif
+}
+
 // Adds V sums to memory, each atomically; from sm_90 two or four floats go at once. `to` is aligned to them.
 template <int V, typename A> __device__ __forceinline__ void atomic_add(A *to, const A (&sums)[V]) {
 #pragma unroll

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from dataclasses import replace
@@ -18,6 +19,13 @@ from hypothesis import given, settings, strategies as st
 import cudcn
 from cudcn import emulator, launch
 from cudcn.ops.deform_conv2d import OP
+
+TILED = [
+    DeformConv2d("tiles of pixels", batch=3, channels=3, size=(9, 10), out_channels=5),
+    DeformConv2d("tiles of outs", channels=70, size=(3, 4), out_channels=260, offset_groups=5, groups=2, kernel=(2, 1)),
+    DeformConv2d("many small groups", batch=3, channels=72, size=(6, 8), out_channels=36, groups=36, layout="NHWC"),
+    DeformConv2d("more outs than channels", channels=70, size=(5, 4), out_channels=210, groups=70, offset_groups=2),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -69,20 +77,38 @@ class TestEmulated:
 
     @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
     def test_a_chunk_at_a_time(self, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Two images of five fit the workspace."""
+        """Two images of five fit the workspace, backward one."""
         case = replace(BY_NAME[f"groups {layout}"], batch=5)
-        product = 2 * math.prod(case.places()) * 8
-        monkeypatch.setattr(launch, "WORKSPACE", (case.channels * 9 + case.out_channels) * product)
-        agrees_with_float64(case, "float64")
-        seen: list[slice] = []
-        sample = OP.cuda._Columns.sample
-        monkeypatch.setattr(
-            OP.cuda._Columns, "sample", lambda self, images: (seen.append(images), sample(self, images))[1]
-        )
-        case.forward(case.tensors())
-        assert len(seen) == 3
+        packed = math.prod(case.size) * case.channels * 2 * 8  # each channel is a part, with as much behind it
+        monkeypatch.setattr(launch, "WORKSPACE", 2 * packed)
+        seen: list[str] = []
+        run = OP.cuda._Call._convolution
 
-    def test_strided_input_is_read_where_it_lies(self) -> None:
+        def spy(self: Any, images: slice) -> Any:
+            seen.append(f"{images.start}:{images.stop}")
+            return run(self, images)
+
+        monkeypatch.setattr(OP.cuda._Call, "_convolution", spy)
+        agrees_with_float64(case, "float64")
+        assert seen == ["0:2", "2:4", "4:5", *(f"{n}:{n + 1}" for n in range(5) for _ in range(3))]
+
+    def test_too_many_blocks(self) -> None:
+        """Of zeros that take no memory."""
+        image, offset = (np.broadcast_to(np.zeros(1, np.float32), (1, n, 1 << 14, 1 << 15)) for n in (1, 514))
+        tensors = image, offset, np.zeros((1, 1, 1, 257), np.float32), None, None
+        plan = OP.plan(cudcn.op.specs(tensors), **OP.canonical(**{**PLAIN.attributes, "padding": (0, 128)}))
+        with pytest.raises(ValueError, match=r"deform_conv2d: on CUDA one image must .* got 536870912 and 1077936128"):
+            OP.cuda.backward(plan, (None, offset, None, None, None), image, *tensors)
+
+    def test_too_many_pixels(self) -> None:
+        """The output is small, the input is not."""
+        image = np.broadcast_to(np.zeros(1, np.float32), (1, 1, 1 << 15, 1 << 15))
+        tensors = image, np.zeros((1, 2, 1, 1), np.float32), np.zeros((1, 1, 1, 1), np.float32), None, None
+        plan = OP.plan(cudcn.op.specs(tensors), **OP.canonical(**{**PLAIN.attributes, "stride": 1 << 15, "padding": 0}))
+        with pytest.raises(ValueError, match=r"deform_conv2d: on CUDA one image must .* got 1073807361 and 8389121"):
+            OP.cuda.backward(plan, (image, None, None, None, None), np.zeros((1, 1, 1, 1), np.float32), *tensors)
+
+    def test_strided_input_is_read(self) -> None:
         tensors = PLAIN.tensors()
         wide = np.zeros((2, 7, 6, 9))
         wide[..., 2:6] = tensors["input"].transpose(0, 2, 3, 1)
@@ -94,7 +120,7 @@ class TestEmulated:
         seen = launched(monkeypatch)
         for dtype in DTYPES:
             agrees_with_float64(BY_NAME["strides and dilations NHWC"], dtype)
-        assert len(seen) == 3 * len(DTYPES) + 7  # and the two of the bias, which float64 shares
+        assert len(seen) == 6 * len(DTYPES) + 2 + 7  # halves are packed; and the bias's two, which float64 shares
         assert seen <= set(OP.cuda.kernels())
 
     @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
@@ -135,19 +161,134 @@ class TestEmulated:
             OP.cuda._sum_pixels(device, grad_output, sums)
         assert (sums == grad_output[0, 0].size).all()
 
-    def test_the_weights_sums_are_taken_in_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(OP.cuda, "_RUN", 50)
-        seen: list[int] = []
-        matmul = launch._Emulated.matmul
+    @pytest.mark.parametrize("case", [BY_NAME["groups NCHW"], BY_NAME["depthwise NHWC"]], ids=str)
+    @pytest.mark.parametrize("most", [1, 3])
+    def test_the_weights_sums_are_taken_in_runs(
+        self, case: DeformConv2d, most: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of 128 pixels, so that 1400 are eleven, one or three in a launch; `totals` has those before."""
+        case = replace(case, size=(20, 35))
+        elements = math.prod(case.tensors()["weight"].shape)
+        monkeypatch.setattr(OP.cuda, "_RUN", 128)
+        monkeypatch.setattr(launch, "WORKSPACE", most * elements * 4)
+        seen: list[Any] = []
+        splits = OP.cuda._SPLITS
+        monkeypatch.setattr(OP.cuda, "_SPLITS", lambda **fields: (seen.append(fields), splits(**fields))[1])
+        monkeypatch.setattr(OP.cuda._Call, "chunks", lambda *_: [slice(0, 2)])
+        agrees_with_float64(case, "float32")
+        assert [(f["first"], f["run"]) for f in seen] == [(n, 128) for n in range(0, 1400, most * 128)]
 
-        def spy(self: Any, a: Any, b: Any, out: Any) -> None:
-            seen.append(a.shape[1])
-            matmul(self, a, b, out)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("case", TILED, ids=str)
+    def test_more_than_one_tile(self, case: DeformConv2d, dtype: str) -> None:
+        with emulator.settings(build="fast", order="random", seed=1):
+            agrees_with_float64(case, dtype)
 
-        monkeypatch.setattr(launch._Emulated, "matmul", spy)
-        agrees_with_float64(BY_NAME["groups NCHW"], "float32")
-        assert 50 in seen
-        assert 2 * 42 % 50 in seen
+    @pytest.mark.parametrize("dtype", HALVES)
+    def test_checking_build_of_the_largest_tile(self, dtype: str) -> None:
+        case = DeformConv2d("large", batch=1, channels=40, size=(3, 4), out_channels=66, kernel=(2, 1), padding=0)
+        with emulator.settings(build="check", order="random"):
+            agrees_with_float64(case, dtype)
+
+    @pytest.mark.parametrize("dtype", ["float16", "float32"])
+    @pytest.mark.parametrize("case", [*TILED[:1], *TILED[2:], BY_NAME["far offsets NHWC"]], ids=str)
+    def test_gradients_have_the_same_bits_in_every_order(self, case: DeformConv2d, dtype: str) -> None:
+        tensors, grad_output = case.tensors(dtype), case.grad_output(dtype)
+        runs = []
+        for order in ("forward", "reverse", "random"):
+            with emulator.settings(build="fast", order=order, seed=2):
+                runs.append(case.backward(tensors, grad_output))
+        for name in tensors:
+            assert {None if run[name] is None else run[name].tobytes() for run in runs} == {
+                None if runs[0][name] is None else runs[0][name].tobytes()
+            }, name
+
+    @pytest.mark.parametrize("build", ["fast", "check"])
+    @pytest.mark.parametrize("groups", [1, 2])
+    @pytest.mark.parametrize("place", [(2.0, 3.0), (2.25, 3.75), (-0.5, 6.5)], ids=str)
+    def test_all_samples_at_one_place(self, place: tuple[float, float], groups: int, build: str) -> None:
+        """A hundred and ten of each tap: more than one thread sorts, and than one row's threads add."""
+        case = DeformConv2d(
+            "one place", batch=2, channels=6, size=(10, 11), kernel=(2, 1), padding=((1, 0), (0, 0)), groups=groups
+        )
+        tensors = {**case.tensors("float32"), "offset": np.empty_like(case.tensors("float32")["offset"])}
+        for tap in range(2):
+            tensors["offset"][:, 2 * tap] = place[0] + 1 - tap - np.arange(10)[:, None]
+            tensors["offset"][:, 2 * tap + 1] = place[1] - np.arange(11)
+        with emulator.settings(build=build, order="random"):
+            grads = case.backward(tensors, case.grad_output("float32"))
+        with pytest.MonkeyPatch.context() as cpu:
+            cpu.setenv("CUDCN_DEVICE", "cpu")
+            wants = case.backward(widened(tensors), case.grad_output("float32").astype(np.float64))
+        for name, want in wants.items():
+            case.close(grads[name], want, "float32")
+
+    @pytest.mark.parametrize("case", [BY_NAME["plain v2 NHWC"], BY_NAME["depthwise NCHW"]], ids=str)
+    def test_a_nan_or_an_infinity_goes_where_the_cpu_has_it(self, case: DeformConv2d) -> None:
+        """In a weight it meets the zeros of samples that are left out, too; in a mask, none of other channels."""
+        case = replace(case, channels=6, out_channels=6, mask=True, reach=4.0)
+        for name, bad in itertools.product(("input", "weight", "mask", "bias"), (np.nan, np.inf)):
+            tensors = {key: None if t is None else t.copy() for key, t in case.tensors("float32").items()}
+            if tensors[name] is None:
+                continue
+            tensors[name].reshape(-1)[7 % tensors[name].size] = bad
+            out = case.forward(tensors)
+            with pytest.MonkeyPatch.context() as cpu:
+                cpu.setenv("CUDCN_DEVICE", "cpu")
+                want = case.forward(tensors)
+            np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-4, err_msg=f"{name} {bad}")
+
+    @pytest.mark.parametrize(
+        ("dtype", "channels", "outs", "rel"),
+        [("float32", 1 << 16, 1, 5e-6), ("float32", 1 << 19, 1, 2e-5), ("float16", 1 << 17, 65, 2**-11)],
+    )
+    def test_a_long_sum_keeps_its_precision(self, dtype: str, channels: int, outs: int, rel: float) -> None:
+        """Of equal terms, so that the rounding of a running float32 sum goes one way, off by 1e-3 and more."""
+        tenth = DTYPES[dtype](0.1)
+        image, offset = np.full((1, channels, 1, 1), tenth), np.zeros((1, 2, 1, 1), tenth.dtype)
+        out = cudcn.deform_conv2d(image, offset, np.ones((outs, channels, 1, 1), tenth.dtype))
+        assert out.astype(float) == pytest.approx(np.full((1, outs, 1, 1), float(tenth) * channels), rel=rel)
+
+    @pytest.mark.parametrize("dtype", ["float32", *HALVES])
+    def test_gradients_of_offset_and_mask_over_many_outs(self, dtype: str) -> None:
+        tenth, outs = DTYPES[dtype](0.1), 100_000
+        tensors = {
+            "input": np.ones((1, 1, 1, 1), tenth.dtype), "offset": np.full((1, 2, 1, 1), 0.25, np.float32),
+            "weight": np.full((outs, 1, 1, 1), tenth), "mask": np.ones((1, 1, 1, 1), np.float32),
+        }  # fmt: skip
+        grads = cudcn.deform_conv2d_backward(np.full((1, outs, 1, 1), tenth), **tensors)
+        total = outs * float(tenth) ** 2
+        assert grads.offset == pytest.approx(np.full((1, 2, 1, 1), -0.75 * total), rel=1e-4)
+        assert grads.mask.item() == pytest.approx(0.75**2 * total, rel=1e-4)
+
+    def test_many_small_taps(self) -> None:
+        """Of a depthwise convolution, whose products are no tile's."""
+        tenth, side = np.float32(0.1), 101
+        image, offset = np.full((1, 2, side, side), tenth), np.zeros((1, 2 * side * side, 1, 1), np.float32)
+        out = cudcn.deform_conv2d(image, offset, np.ones((2, 1, side, side), np.float32))
+        assert out == pytest.approx(np.full((1, 2, 1, 1), float(tenth) * side**2), rel=3e-6)
+
+    @pytest.mark.parametrize(("channels", "groups"), [(4, 1), (4, 4), (72, 1)])
+    def test_sums_that_float16_does_not_hold(self, channels: int, groups: int) -> None:
+        """32 rows of grad_output meet in a pixel; the gradient there is finite or infinite as on the CPU, and others'
+        small gradients keep their precision."""
+        y, x = np.mgrid[:8, :8]
+        offset = np.stack([np.where(y < 4, 2 - y, 0), np.where(y < 4, 3 - x, 0)])[None].astype(np.float16)
+        grad_output = np.where(y < 4, 6e4, 1e-3 * (1 + x)) * np.ones((1, 4, 1, 1))
+        weight = np.full((4, channels // groups, 1, 1), 2.0**-12)
+        weight[1 if groups > 1 else slice(None), -1] = 1
+        image = np.zeros((1, channels, 8, 8), np.float16)
+        tensors = image, offset, weight.astype(np.float16)
+        got = cudcn.deform_conv2d_backward(grad_output.astype(np.float16), *tensors).input
+        with pytest.MonkeyPatch.context() as cpu:
+            cpu.setenv("CUDCN_DEVICE", "cpu")
+            wide = (tensor.astype(np.float64) for tensor in tensors)
+            want = cudcn.deform_conv2d_backward(grad_output.astype(np.float16).astype(np.float64), *wide).input
+        with np.errstate(over="ignore"):
+            want = want.astype(np.float16)
+        assert np.isinf(want).sum() == 1
+        assert 100 < want[0, 0, 2, 3] < 1e4
+        np.testing.assert_allclose(got.astype(float), want.astype(float), rtol=1e-3, atol=2.0**-24)
 
 
 # ---- other libraries
@@ -258,7 +399,8 @@ def test_layouts_and_images_are_independent(case: DeformConv2d) -> None:
     tensors = case.tensors()
     out = case.forward(tensors)
     last = replace(case, layout="NHWC")
-    np.testing.assert_allclose(last.planar(last.forward(last.tensors())), out, rtol=1e-12, atol=1e-12)
+    arranged = {name: last.arranged(t) if name in IMAGES else t for name, t in tensors.items()}
+    np.testing.assert_allclose(last.planar(last.forward(arranged)), out, rtol=1e-12, atol=1e-12)
     image = {name: t[-1:] if name in IMAGES and t is not None else t for name, t in tensors.items()}
     np.testing.assert_allclose(case.forward(image), out[-1:], rtol=1e-12, atol=1e-12)
 
@@ -330,3 +472,19 @@ def test_empty_batch_and_no_output_channels() -> None:
     assert np.array_equal(grads["weight"], np.zeros((4, 4, 3, 3)))
     no_channels = DeformConv2d("no channels", out_channels=0)
     assert no_channels.forward(no_channels.tensors()).size == 0
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)], ids=str)
+def test_an_image_without_pixels(size: tuple[int, int], groups: int, layout: str) -> None:
+    """All that is read is padding."""
+    case = DeformConv2d("nothing", size=size, padding=2, groups=groups, layout=layout)
+    tensors = case.tensors()
+    out = case.planar(case.forward(tensors))
+    np.testing.assert_array_equal(out, np.broadcast_to(tensors["bias"][:, None, None], out.shape))
+    grads, grad_output = case.backward(tensors, case.grad_output()), case.planar(case.grad_output())
+    assert grads["input"].shape == tensors["input"].shape
+    assert not any(grads[name].any() for name in ("offset", "weight", "mask"))
+    np.testing.assert_allclose(grads["bias"], grad_output.sum((0, 2, 3)), rtol=1e-12)

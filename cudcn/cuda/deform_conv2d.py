@@ -1,54 +1,66 @@
-"""deform_conv2d on a GPU: sample the columns of a chunk of images, multiply them with the weights.
+"""deform_conv2d on a GPU: matrix products whose one factor is sampled on the way. See kernels_cu/deform_conv2d.cuh.
 
-The columns are (groups, K * C_in / groups, pixels of the chunk), stored either way round: planar, as written, or
-interleaved with the channels fastest, where the input's channels are. See kernels_cu/deform_conv2d.cu.
+Input and grad_output are read channels last, in whole 16 bytes; others are packed first, as many images at a time as
+fit the workspace.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import dtypes, launch, sources
+from .. import launch, sources
 from ..dtypes import DTYPES, arithmetic
-from ..launch import Kernel, ctype, strides
+from ..launch import Kernel, address, strides
 
 if TYPE_CHECKING:
     from ..ops.deform_conv2d import Geometry
 
-_THREADS = sources.constant("deform_conv2d", "THREADS")
-_SLAB = 16  # channels that share one thread's position and addresses
-_RUN = 1 << 14  # the most products of the weight's gradient that one matrix product sums in float32
+_THREADS = sources.constant("tile.cuh", "THREADS")
+_ROWS = sources.constant("deform_conv2d.cuh", "ROWS")
+_SORTERS = sources.constant("deform_conv2d_backward_input", "SORTERS")
+_WEIGHT_OUTS = sources.constant("deform_conv2d_backward", "WEIGHT_OUTS")
+_WEIGHT_CHANNELS = sources.constant("deform_conv2d_backward", "WEIGHT_CHANNELS")
+_SOURCES = {
+    "forward": "deform_conv2d",
+    "pack": "deform_conv2d",
+    "sort": "deform_conv2d_backward_input",
+    "backward_input": "deform_conv2d_backward_input",
+}
+_STEP = 64  # bytes of k in one step of a product
+_SMALL = 8  # channels or outs of the groups that share a tile
+_RUN = 1 << 14  # the most products of the weight's gradient that are summed in float32
+_LONG = 1 << 15  # the most products that a tile of 128 outs sums, in one float32 sum: it loses less than half types do
+_BLOCKS = 512  # of threads, which is enough to fill a GPU
 _SUMMANDS = 64  # of the bias's gradient that one thread sums in float32
-_CONVOLUTION = sources.Struct("deform_conv2d", "Convolution")
-_PIXELS = sources.Struct("deform_conv2d", "Pixels")
+_CONVOLUTION = sources.Struct("deform_conv2d.cuh", "Convolution")
+_PACKING = sources.Struct("deform_conv2d", "Packing")
+_SPLITS = sources.Struct("deform_conv2d_backward", "Splits")
+_WEIGHTS = sources.Struct("deform_conv2d_backward", "Weights")
+_PIXELS = sources.Struct("deform_conv2d_backward", "Pixels")
 
 
 def kernels() -> list[Kernel]:
     """Every instance that this operator can launch."""
-    by_columns = [
-        _kernel(name, tuple(dtype.ctype for dtype in types), last)
-        for name, types, last in itertools.product(
-            ("sample", "backward_input", "backward_offset"), dtypes.together(2), (False, True)
-        )
-    ]
-    return by_columns + [_pixel_sums(*pair) for t in DTYPES for pair in {(t, "float64"), ("float64", t)}]
+    found = [_kernel(name, t) for name in ("pack", "sort", "add_splits") for t in DTYPES]
+    found += [_kernel("forward", t, outs) for t in DTYPES for outs in _outs(t)]
+    found += [_kernel("backward_input", t, outs) for t in DTYPES for outs in _outs(t)]
+    for name in ("backward_offset", "backward_weight"):
+        found += [_kernel(name, t, grouped) for t in DTYPES for grouped in (False, True)]
+    return found + [_pixel_sums(*pair) for t in DTYPES for pair in {(t, "float64"), ("float64", t)}]
 
 
 def forward(g: Geometry, out: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> None:
     out, input, offset, mask = g.nchw(out, input, offset, mask)
     with launch.device(out) as device:
-        columns = _Columns(g, device, input, offset, mask)
-        matrix = columns.weights(weight)
-        if bias is not None:
-            bias = bias.astype(arithmetic(input), copy=False)
-        for images in columns.chunks(input.dtype, _product_bytes(g, input)):
-            operand = columns.sample(images)
-            for group, channels in enumerate(_output_groups(g)):
-                shift = None if bias is None else bias[channels]
-                _multiply(device, matrix[group], operand[group], shift, out[images, channels])
+        call = _Call(g, device, input, offset, mask)
+        weight = call.weights(weight)
+        bias = None if bias is None else device.xp.ascontiguousarray(bias)
+        for images in call.chunks(call.input_rows.bytes(input)):
+            call.forward(images, call.input_rows.packed(input[images]), weight, bias, out[images])
 
 
 def backward(
@@ -57,201 +69,248 @@ def backward(
     grad_input, grad_offset, grad_weight, grad_bias, grad_mask = grads
     grad_input, grad_offset, grad_mask = g.nchw(grad_input, grad_offset, grad_mask)
     grad_output, input, offset, mask = g.nchw(grad_output, input, offset, mask)
+    if grad_input is not None and grad_input.size == 0:
+        grad_input = None
     with launch.device(grad_output) as device:
-        sums = arithmetic(input)
-        columns = _Columns(g, device, input, offset, mask)
-        matrix = columns.weights(weight)
+        call = _Call(g, device, input, offset, mask)
+        of_samples = grad_offset is not None or grad_mask is not None
+        if of_samples or grad_input is not None:
+            turned = call.turned(weight)
         if grad_weight is not None:
-            weight_sums = device.xp.zeros((g.groups, *matrix.shape[1:]), sums)
-        image_sums = g.channels * g.height * g.width * 4 if dtypes.of(input).half else 0
-        for images in columns.chunks(sums, _product_bytes(g, input) + image_sums):
-            grad_product = _as_matrices(g, grad_output[images])
-            if any(grad is not None for grad in (grad_input, grad_offset, grad_mask)):
-                grad_columns = columns.gradient(images, matrix, grad_product)
-                if grad_offset is not None or grad_mask is not None:
-                    columns.backward_offset(images, grad_columns, grad_offset, grad_mask)
-                if grad_input is not None:
-                    columns.backward_input(images, grad_columns, grad_input)
+            totals = device.empty(grad_weight.shape, np.float64)
+        scratch = call.input_rows.bytes(input) + call.output_rows.bytes(grad_output)
+        for images in call.chunks(scratch, grad_input is not None):
+            rows = call.output_rows.packed(grad_output[images]), call.input_rows.packed(input[images])
+            if of_samples:
+                call.backward_offset(images, rows, turned, grad_offset, grad_mask)
             if grad_weight is not None:
-                _add_products(device, grad_product, columns.sample(images), weight_sums)
-        if grad_weight is not None:
-            grad_weight[...] = columns.unweights(weight_sums).reshape(grad_weight.shape)
+                call.backward_weight(images, rows, grad_weight, totals)
+            if grad_input is not None:
+                call.backward_input(images, rows[0], turned, grad_input[images])
         if grad_bias is not None:
             _sum_pixels(device, grad_output, grad_bias)
 
 
-class _Columns:
-    """The columns of one call: their place in memory, and the kernels that fill and read them.
+class _Rows:
+    """How channels lie in packed images (n, H, W, parts, depth): parts of equal size, with zeros up to 16 bytes."""
 
-    A chunk is a slice of the batch; columns come as (groups, K * C_in / groups, pixels) views of one buffer.
-    """
+    def __init__(self, device: Any, parts: int, part: int, itemsize: int) -> None:
+        self.device, self.parts, self.part = device, parts, part
+        self.depth = -(-part // (16 // itemsize)) * (16 // itemsize)
+
+    def are(self, images: Any, dtype: Any) -> bool:
+        """Whether (n, C, H, W) images are packed as they are."""
+        contiguous = images.transpose(0, 2, 3, 1).flags.c_contiguous
+        return bool(self.depth == self.part and contiguous and address(images) % 16 == 0 and images.dtype == dtype)
+
+    def bytes(self, images: Any, dtype: Any = None) -> int:
+        """That packing takes for one image, as `dtype` if not its own."""
+        dtype = np.dtype(dtype or images.dtype)
+        return 0 if self.are(images, dtype) else math.prod(images.shape[2:]) * self.parts * self.depth * dtype.itemsize
+
+    def empty(self, images: Any, dtype: Any) -> Any:
+        n, _, height, width = images.shape
+        return self.device.empty((n, height, width, self.parts, self.depth), dtype)
+
+    def packed(self, images: Any) -> Any:
+        if images.size == 0:  # nothing is read, but there is an address to count from
+            return self.device.empty((1,), images.dtype)
+        if self.are(images, images.dtype):
+            return images
+        packed = self.empty(images, images.dtype)
+        n, _, height, width = images.shape
+        grid = -(-n * height * width // 32) * -(-self.parts * self.depth // 32)
+        packing = _PACKING(images=n, height=height, width=width, part=self.part, depth=self.depth, parts=self.parts)
+        kernel = _kernel("pack", str(images.dtype))
+        self.device.launch(kernel, grid, (32, _THREADS // 32), images, strides(images), packed, packing)
+        return packed
+
+
+class _Call:
+    """How one call is cut into tiles, and its launches."""
 
     def __init__(self, g: Geometry, device: Any, input: Any, offset: Any, mask: Any) -> None:
         self.g, self.device = g, device
-        self.input, self.offset, self.mask = input, offset, mask
-        self.last = input.strides[1] == input.itemsize and g.channels > 1
-        self.types = ctype(input), ctype(offset), ctype(offset if mask is None else mask)
-        self.group_channels = g.channels // g.groups
-        self.buffer: Any = None
-
-    def chunks(self, dtype: Any, scratch: int) -> list[slice]:
-        """Slices of the batch whose columns, and `scratch` more bytes an image, fit the workspace; makes the buffer.
-
-        `dtype` is the largest type of column that will be asked for.
-        """
-        g = self.g
-        per_image = g.channels * g.taps * g.out_pixels
-        most = launch.WORKSPACE // (per_image * np.dtype(dtype).itemsize + scratch)
-        images = max(1, min(g.batch, most, launch.LARGEST_GRID // g.out_pixels))
-        self.buffer = self.device.empty((images * per_image,), dtype)
-        return [slice(n, min(n + images, g.batch)) for n in range(0, g.batch, images)]
+        self.dtype, self.sums = str(input.dtype), arithmetic(input)
+        self.offset, self.mask = offset, mask
+        self.group_channels, self.group_outs = g.channels // g.groups, g.out_channels // g.groups
+        size, in_offset_group = max(self.group_channels, self.group_outs), g.channels // g.offset_groups
+        self.grouped = g.groups > 1 and size <= _SMALL and in_offset_group % self.group_channels == 0
+        if self.grouped:
+            groups, most = in_offset_group // self.group_channels, _STEP // input.itemsize // size
+            part = self.group_channels * next(n for n in range(most, 0, -1) if groups % n == 0)
+            self.bundles = g.channels // part
+        else:
+            part = math.gcd(self.group_channels, in_offset_group)
+            self.bundles = g.groups
+        self.bundle_outs = g.out_channels // self.bundles
+        self.input_rows = _Rows(device, g.channels // part, part, input.itemsize)
+        self.output_rows = _Rows(device, self.bundles, self.bundle_outs, input.itemsize)
 
     def weights(self, weight: Any) -> Any:
-        """(groups, C_out / groups, K * C_in / groups), in the columns' order of taps and channels."""
-        g = self.g
-        split = weight.reshape(g.groups, g.out_channels // g.groups, self.group_channels, g.taps)
-        ordered = split.transpose(0, 1, 3, 2) if self.last else split
-        return self.device.xp.ascontiguousarray(ordered).reshape(g.groups, g.out_channels // g.groups, -1)
+        """(C_out, bundle_parts, taps, depth), or (C_out, taps, C_in / groups) where groups are small."""
+        if self.grouped:
+            return self._by_tap(weight)
+        part = self.input_rows.part
+        split = weight.reshape(self.g.out_channels, -1, part, self.g.taps)
+        return self._padded(split.transpose(0, 1, 3, 2), self.input_rows.depth)
 
-    def unweights(self, matrices: Any) -> Any:
-        """(groups, C_out / groups, C_in / groups, K), the inverse of `weights`."""
-        g = self.g
-        if not self.last:
-            return matrices
-        split = matrices.reshape(g.groups, g.out_channels // g.groups, g.taps, self.group_channels)
-        return split.transpose(0, 1, 3, 2)
+    def turned(self, weight: Any) -> Any:
+        """(parts, part, taps, out_depth), or as `weights` where groups are small."""
+        if self.grouped:
+            return self._by_tap(weight)
+        by_group = weight.reshape(self.g.groups, self.group_outs, self.group_channels, self.g.taps)
+        return self._padded(by_group.transpose(0, 2, 3, 1), self.output_rows.depth)
 
-    def sample(self, images: slice) -> Any:
-        whole, operand = self._views(images, self.input.dtype)
-        input = self.input[images]
-        self._launch("sample", images, _SLAB, input, strides(input), *self._samples(images), whole)
-        return operand
+    def _by_tap(self, weight: Any) -> Any:
+        by_channel = weight.reshape(self.g.out_channels, self.group_channels, self.g.taps)
+        return self.device.xp.ascontiguousarray(by_channel.transpose(0, 2, 1))
 
-    def gradient(self, images: slice, matrix: Any, grad_product: Any) -> Any:
-        """Of the columns, in the type of sums: what comes of it for a float32 offset has float32's precision."""
-        whole, operand = self._views(images, arithmetic(self.input))
-        for group in range(self.g.groups):
-            if self.last:
-                self.device.matmul(grad_product[group].T, matrix[group], out=operand[group].T)
-            else:
-                self.device.matmul(matrix[group].T, grad_product[group], out=operand[group])
-        return whole
+    def _padded(self, array: Any, depth: int) -> Any:
+        if array.shape[-1] == depth:
+            return self.device.xp.ascontiguousarray(array)
+        padded = self.device.xp.zeros((*array.shape[:-1], depth), array.dtype)
+        padded[..., : array.shape[-1]] = array
+        return padded
 
-    def backward_offset(self, images: slice, grad_columns: Any, grad_offset: Any, grad_mask: Any) -> None:
-        input = self.input[images]
-        grad_offset = None if grad_offset is None else grad_offset[images]
-        grad_mask = None if grad_mask is None else grad_mask[images]
-        outputs = grad_offset, strides(grad_offset), grad_mask, strides(grad_mask)
-        slab = self.g.channels // self.g.offset_groups
-        samples = self._samples(images)
-        self._launch("backward_offset", images, slab, grad_columns, input, strides(input), *samples, *outputs)
+    def chunks(self, image_bytes: int, of_input: bool = False) -> Iterator[slice]:
+        """Slices of the batch that fit the workspace, at `image_bytes` each, and whose pixels and blocks an int counts.
 
-    def backward_input(self, images: slice, grad_columns: Any, grad_input: Any) -> None:
-        xp = self.device.xp
-        target = grad_input[images]
-        direct = target.dtype == arithmetic(target)
-        if direct:
-            target[...] = 0
-            sums = target
-        elif self.last:
-            n, c, h, w = target.shape
-            sums = xp.zeros((n, h, w, c), xp.float32).transpose(0, 3, 1, 2)
-        else:
-            sums = xp.zeros(target.shape, xp.float32)
-        samples = self._samples(images)
-        self._launch("backward_input", images, _SLAB, grad_columns, *samples, sums, strides(sums))
-        if not direct:
-            target[...] = sums
+        `of_input` adds what its gradient takes.
+        """
+        g, largest = self.g, launch.LARGEST_GRID // 2  # a slice's last tile may be nearly empty
+        blocks = max(self.bundles * self._out_tiles(64), g.offset_groups * g.taps) * -(-g.out_pixels // _ROWS)
+        pixels = g.out_pixels
+        if of_input:
+            image_bytes += sum(size * np.dtype(dtype).itemsize for size, dtype in self._sorted().values())
+            pixels = max(pixels, (g.height + 1) * (g.width + 1))
+            blocks = max(blocks, self.input_rows.parts * -(-self.input_rows.part // 64) * -(-pixels // _ROWS))
+        if max(blocks, pixels) > largest:
+            raise ValueError(
+                f"deform_conv2d: on CUDA one image must have fewer than 2**30 pixels, and take fewer than 2**30 blocks "
+                f"of threads, got {pixels} and {blocks}"
+            )
+        most = min(launch.WORKSPACE // max(1, image_bytes), largest // max(blocks, pixels))
+        step = max(1, min(g.batch, most))
+        return (slice(n, min(n + step, g.batch)) for n in range(0, g.batch, step))
 
-    def _views(self, images: slice, dtype: Any) -> tuple[Any, Any]:
-        """The buffer's part for these images, and its (groups, K * C_in / groups, pixels) view."""
+    def forward(self, images: slice, input: Any, weight: Any, bias: Any, out: Any) -> None:
+        parts = self.input_rows.parts // self.bundles
+        outs = self._tile(self.bundle_outs, parts * self.g.taps * self.input_rows.depth)
+        grid = self._pixel_tiles(images) * self.bundles * (self._out_tiles(outs) if outs else 1)
+        kernel = _kernel("forward", self.dtype, outs)
+        self.device.launch(
+            kernel, grid, (_THREADS, 1), input, *self._places(images), weight, bias, out, strides(out),
+            self._convolution(images),
+        )  # fmt: skip
+
+    def backward_offset(
+        self, images: slice, rows: tuple[Any, Any], turned: Any, grad_offset: Any, grad_mask: Any
+    ) -> None:
+        """And of the mask."""
+        grad_offset, grad_mask = (None if grad is None else grad[images] for grad in (grad_offset, grad_mask))
+        grid = self._pixel_tiles(images) * self.g.offset_groups * self.g.taps
+        self.device.launch(
+            _kernel("backward_offset", self.dtype, self.grouped), grid, (_THREADS, 1), *rows, *self._places(images),
+            turned, grad_offset, strides(grad_offset), grad_mask, strides(grad_mask), self._convolution(images),
+        )  # fmt: skip
+
+    def _sorted(self) -> dict[str, tuple[int, Any]]:
+        """Sizes of the lists of samples of one image, one for each offset group and tap."""
+        g, segments = self.g, self.g.offset_groups * self.g.taps
+        samples = segments * g.out_pixels
+        return {
+            "starts": (segments * ((g.height + 1) * (g.width + 1) + 1), np.int32),
+            "cells_of": (samples, np.int32), "order": (samples, np.int32), "records": (4 * samples, self.sums),
+        }  # fmt: skip
+
+    def backward_input(self, images: slice, grad_output: Any, turned: Any, grad_input: Any) -> None:
+        g, device, count = self.g, self.device, images.stop - images.start
+        lists = [device.empty((count * size,), dtype) for size, dtype in self._sorted().values()]
+        threads = min(_SORTERS, -(-g.out_pixels // 32) * 32)
+        segments, convolution = count * g.offset_groups * g.taps, self._convolution(images)
+        device.launch(_kernel("sort", self.dtype), segments, (threads, 1), *self._places(images), *lists, convolution)
+        starts, _, _, records = lists
+        outs = self._tile(self.input_rows.part, g.taps * self.output_rows.depth)
+        tiles = self.input_rows.parts * (-(-self.input_rows.part // outs) if outs else 1)
+        grid = -(-count * g.height * g.width // _ROWS) * tiles
+        kernel = _kernel("backward_input", self.dtype, outs)
+        arguments = grad_output, starts, records, turned, grad_input, strides(grad_input)
+        overflows = device.empty((grid,), np.int32) if self.dtype == "float16" else None
+        device.launch(kernel, grid, (_THREADS, 1), *arguments, overflows, None, convolution)
+        if overflows is not None:
+            device.launch(kernel, grid, (_THREADS, 1), *arguments, None, overflows, convolution)
+
+    def backward_weight(self, images: slice, rows: tuple[Any, Any], grad_weight: Any, totals: Any) -> None:
+        """Adds these images' part to `totals`, or, with the last of them, fills `grad_weight`."""
         g = self.g
         pixels = (images.stop - images.start) * g.out_pixels
-        rows = g.taps * self.group_channels
-        whole = self.buffer.view(dtype)[: g.groups * rows * pixels]
-        if self.last:
-            return whole, whole.reshape(g.groups, pixels, rows).transpose(0, 2, 1)
-        return whole, whole.reshape(g.groups, rows, pixels)
+        columns = self.group_channels if self.grouped else self.input_rows.part
+        tiles = self.input_rows.parts * g.taps
+        if not self.grouped:
+            tiles *= self._out_tiles(_WEIGHT_OUTS) * -(-columns // _WEIGHT_CHANNELS)
+        splits = max(1, _BLOCKS // tiles)
+        run = min(_RUN, -(-pixels // (splits * _ROWS)) * _ROWS)
+        most = max(1, launch.WORKSPACE // (grad_weight.size * np.dtype(self.sums).itemsize))
+        most = min(most, launch.LARGEST_GRID // tiles, -(-pixels // run))
+        partial = self.device.empty((most, grad_weight.size), self.sums)
+        for first in range(0, pixels, most * run):
+            end = min(pixels, first + most * run)
+            splits = -(-(end - first) // run)
+            self.device.launch(
+                _kernel("backward_weight", self.dtype, self.grouped), splits * tiles, (_THREADS, 1), *rows,
+                *self._places(images), partial, self._convolution(images), _SPLITS(first=first, end=end, run=run),
+            )  # fmt: skip
+            weights = _WEIGHTS(
+                outs=g.out_channels, channels=self.group_channels, kernel_w=g.kernel[1], taps=g.taps,
+                bundle_outs=self.bundle_outs, columns=columns, splits=splits,
+                is_first=images.start == first == 0, is_last=images.stop == g.batch and end == pixels,
+            )  # fmt: skip
+            self.device.launch(
+                _kernel("add_splits", self.dtype), -(-grad_weight.size // _THREADS), (_THREADS, 1), partial, totals,
+                grad_weight, strides(grad_weight), weights,
+            )  # fmt: skip
 
-    def _samples(self, images: slice) -> tuple[Any, ...]:
+    def _pixel_tiles(self, images: slice) -> int:
+        return -(-(images.stop - images.start) * self.g.out_pixels // _ROWS)
+
+    def _tile(self, outs: int, products: int) -> int:
+        """How many of these outs, each a sum of so many products, a tile has; 0 where groups are small."""
+        return 0 if self.grouped else _outs(self.dtype)[-1] if outs > 64 and products <= _LONG else 64
+
+    def _out_tiles(self, outs: int) -> int:
+        return -(-self.bundle_outs // outs)
+
+    def _places(self, images: slice) -> tuple[Any, ...]:
         offset = self.offset[images]
         mask = None if self.mask is None else self.mask[images]
         return offset, strides(offset), mask, strides(mask)
 
-    def _launch(self, name: str, images: slice, slab: int, *args: Any) -> None:
-        g = self.g
-        channels = g.channels // g.offset_groups
-        slab = min(slab, channels) if not self.last else channels
-        lanes = min(32, 1 << (channels - 1).bit_length()) if self.last else 1
-        block = (lanes, _THREADS // lanes) if self.last else (_THREADS, 1)
-        slabs = -(-channels // slab)
-        count = images.stop - images.start
-        tiles = -(-g.out_pixels // (_THREADS // lanes))
-        grid = tiles * g.taps * slabs * g.offset_groups * count
-        if grid > launch.LARGEST_GRID:
-            raise ValueError(
-                f"deform_conv2d: one image needs {grid} blocks of threads, CUDA takes {launch.LARGEST_GRID}"
-            )
-        convolution = _CONVOLUTION(
+    def _convolution(self, images: slice) -> Any:
+        g, rows = self.g, self.input_rows
+        offset_is_float, mask_is_float = (a is not None and a.dtype == np.float32 for a in (self.offset, self.mask))
+        return _CONVOLUTION(
+            images=images.stop - images.start,
             height=g.height, width=g.width, out_height=g.out_height, out_width=g.out_width,
             kernel_w=g.kernel[1], taps=g.taps, stride_h=g.stride[0], stride_w=g.stride[1],
             top=g.padding[0], left=g.padding[1], dilation_h=g.dilation[0], dilation_w=g.dilation[1],
-            channels_per_group=self.group_channels, channels_per_offset_group=channels,
-            slab=slab, slabs_per_offset_group=slabs, offset_groups=g.offset_groups, images=count, tiles=tiles,
+            bundles=self.bundles, bundle_parts=rows.parts // self.bundles, bundle_outs=self.bundle_outs,
+            part=rows.part, depth=rows.depth, out_depth=self.output_rows.depth,
+            offset_group_parts=rows.parts // g.offset_groups,
+            row=rows.parts * rows.depth, line=g.width * rows.parts * rows.depth,
+            group_channels=self.group_channels, group_outs=self.group_outs,
+            offset_is_float=offset_is_float, mask_is_float=mask_is_float,
         )  # fmt: skip
-        self.device.launch(_kernel(name, self.types, self.last), grid, block, *args, convolution)
 
 
-def _kernel(name: str, types: tuple[str, ...], last: bool) -> Kernel:
-    return Kernel("deform_conv2d", f"deform_conv2d_{name}<{', '.join(types)}, {str(last).lower()}>")
+def _outs(dtype: str) -> tuple[int, ...]:
+    """Of a forward tile; 0 where groups are small."""
+    return (0, 64, 128) if dtype in ("float16", "bfloat16") else (0, 64)
 
 
-def _product_bytes(g: Geometry, input: Any) -> int:
-    """Of one image's product with the weights, or of its gradient, where the result's memory cannot take it."""
-    return g.out_channels * g.out_pixels * np.dtype(arithmetic(input)).itemsize
-
-
-def _output_groups(g: Geometry) -> list[slice]:
-    size = g.out_channels // g.groups
-    return [slice(group * size, (group + 1) * size) for group in range(g.groups)]
-
-
-def _as_matrices(g: Geometry, images: Any) -> list[Any]:
-    """One (C_out / groups, pixels) matrix per group; a copy unless the memory is already so."""
-    matrix = images.transpose(1, 0, 2, 3).reshape(g.out_channels, -1)
-    return [matrix[channels] for channels in _output_groups(g)]
-
-
-def _multiply(device: Any, matrix: Any, columns: Any, bias: Any, images: Any) -> None:
-    """images (n, C, H, W) = matrix (C, R) @ columns (R, n * H * W) + bias (C,), rounded once.
-
-    Without a copy where the images' type and memory allow.
-    """
-    n, channels, height, width = images.shape
-    dtype = arithmetic(images)
-    product, rows = images, images.transpose(0, 2, 3, 1)
-    if images.dtype == dtype and rows.flags.c_contiguous:
-        device.matmul(columns.T, matrix.T, out=rows.reshape(-1, channels))
-    elif images.dtype == dtype and n == 1 and images.flags.c_contiguous:
-        device.matmul(matrix, columns, out=images.reshape(channels, -1))
-    else:
-        by_channel = device.empty((channels, columns.shape[1]), dtype)
-        device.matmul(matrix, columns, out=by_channel)
-        product = by_channel.reshape(channels, n, height, width).transpose(1, 0, 2, 3)
-    if bias is not None:
-        product += bias.reshape(-1, 1, 1)
-    if product is not images:
-        images[...] = product
-
-
-def _add_products(device: Any, grad_product: list[Any], columns: Any, sums: Any) -> None:
-    """sums[group] += grad_product[group] (C, pixels) @ columns[group]' (pixels, R), some pixels at a time."""
-    share = device.empty(sums.shape[1:], sums.dtype)
-    for group, gradient in enumerate(grad_product):
-        for first in range(0, gradient.shape[1], _RUN):
-            pixels = slice(first, first + _RUN)
-            device.matmul(gradient[:, pixels], columns[group, :, pixels].T, out=share)
-            sums[group] += share
+def _kernel(name: str, dtype: str, *arguments: int) -> Kernel:
+    template = ", ".join([DTYPES[dtype].ctype, *(str(a).lower() for a in arguments)])
+    return Kernel(_SOURCES.get(name, "deform_conv2d_backward"), f"deform_conv2d_{name}<{template}>")
 
 
 def _sum_pixels(device: Any, images: Any, sums: Any) -> None:
@@ -274,4 +333,4 @@ def _sum_pixels(device: Any, images: Any, sums: Any) -> None:
 
 
 def _pixel_sums(dtype: str, sums: str) -> Kernel:
-    return Kernel("deform_conv2d", f"deform_conv2d_backward_bias<{DTYPES[dtype].ctype}, {DTYPES[sums].ctype}>")
+    return Kernel("deform_conv2d_backward", f"deform_conv2d_backward_bias<{DTYPES[dtype].ctype}, {DTYPES[sums].ctype}>")

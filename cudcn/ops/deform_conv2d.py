@@ -36,10 +36,10 @@ def deform_conv2d(
 
     where g is the offset group of channel c. Outside the image the input counts as 0, so a sample fades out
     over one pixel beyond the border. Where py <= -1 or py >= H (px alike), or the offset is NaN or infinite, it is
-    left out: it adds nothing and gets no gradient, even if its mask or grad_output is NaN. (The weight's gradient
-    is a matrix product, and 0 times NaN is NaN there.) Any other sample takes all four pixels around it, so that a
-    NaN counts at weight 0 too. The gradient of a position is the slope of the cell [floor(p), floor(p) + 1], at
-    whole numbers too, among them -1.
+    left out: it adds nothing and gets no gradient, even if its mask or grad_output is NaN. (But products with the
+    weights, and the weight's gradient, are matrix products, and 0 times NaN is NaN there.) Any other sample takes
+    all four pixels around it, so that a NaN counts at weight 0 too. The gradient of a position is the slope of the
+    cell [floor(p), floor(p) + 1], at whole numbers too, among them -1.
 
     Args:
         input: (N, C_in, H, W); float16, bfloat16, float32 or float64.
@@ -54,7 +54,9 @@ def deform_conv2d(
         layout: "NCHW", or "NHWC" for channels last in input, offset, mask and output; weight stays as it is.
 
     `groups` and `offset_groups` follow from the shapes. All tensors have one dtype, but beside half-precision
-    data offset and mask may be float32. Positions and sums are float32 for half types (float64 for float64).
+    data offset and mask may be float32. Positions and sums are float32 for half types (float64 for float64). On CUDA
+    the factors of their matrix products are rounded to the data's type, too, among them samples times their mask
+    (which float16 must hold), for some 1.4 times the error of rounding the results alone.
 
     Returns:
         (N, C_out, H_out, W_out), of input's kind and dtype, with
@@ -100,9 +102,9 @@ def deform_conv2d_backward(
 ) -> DeformConv2dGradients:
     """The gradients of `sum(grad_output * deform_conv2d(...))`; None for a bias or mask that is None.
 
-    `grad_output` has the output's shape and dtype; the rest is as in `deform_conv2d`. On the CPU the result is
-    deterministic; on CUDA the input's gradient is summed by atomics, in no fixed order and, but for float64, in
-    float32: where n samples read one pixel, it can be off by n * 2**-24 of the sum of their shares without signs.
+    `grad_output` has the output's shape and dtype; the rest is as in `deform_conv2d`. The result is deterministic, on
+    CUDA too: the input's gradient there is a product of the weights with sums of `grad_output` over the samples that
+    touch a pixel. In half types these sums are a factor that is rounded, as above.
     """
     return OP.backward_of(
         grad_output, input, offset, weight, bias, mask,
