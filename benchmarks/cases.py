@@ -42,7 +42,7 @@ class Case:
     @property
     def output(self) -> tuple[int, ...]:
         attributes = self.op.canonical(**{**self.op.function.__kwdefaults__, **self.attributes})
-        return self.op.plan(tuple(self.specs.values()), **attributes).output.shape
+        return self.op.geometry(tuple(self.specs.values()), **attributes).output.shape
 
     def grad_output(self, seed: int = 1) -> np.ndarray:
         return np.random.default_rng(seed).standard_normal(self.output, np.float32)
@@ -56,7 +56,7 @@ class Case:
         given = {name: t for name, t in self.specs.items() if t is not None}
         sizes = {n: math.prod(t.shape) * (itemsize if "float" in t.dtype else 8) for n, t in given.items()}
         read, out = sum(sizes.values()), math.prod(self.output) * itemsize
-        grads = sum(size for name, size in sizes.items() if name not in self.op.constants)
+        grads = sum(size for name, size in sizes.items() if name not in self.op.non_differentiable)
         forward = read + out
         return forward if which == "forward" else forward + out + read + grads
 

@@ -155,7 +155,7 @@ def passes(case: Case, make: Make) -> dict[str, Callable[[], Any]]:
 
 
 def microseconds(function: Callable[[], Any], bare: Callable[[], Any], calls: int, wait: Callable[[], Any]) -> Times:
-    """Of single calls, each right after a bare launch.
+    """Times of single calls, each right after a bare launch.
 
     A batch of calls is longer than a scheduler's slice where other processes want the core, and a bare launch is not:
     measured apart, their ratio was off by a factor of ten on a busy machine, and by two from process to process.

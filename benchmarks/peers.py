@@ -64,7 +64,7 @@ def run_torch(call: Callable[..., Any], case: Case, which: str, tensors: dict[st
 
 def leaves(case: Case, tensors: dict[str, Any]) -> dict[str, Any]:
     """Torch tensors over the same memory, to be differentiated where the operator has a gradient."""
-    return {name: t.detach().requires_grad_(name not in case.op.constants) for name, t in tensors.items()}
+    return {name: t.detach().requires_grad_(name not in case.op.non_differentiable) for name, t in tensors.items()}
 
 
 # deform_conv2d

@@ -33,7 +33,7 @@ def integer(op: str, name: str, value: Any, least: int) -> int:
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{op}: {name} must be made of integers, got {_shown(value)}") from None
+        raise TypeError(f"{op}: {name} must be an int, got {_shown(value)}") from None
     if not least <= number <= LARGEST:
         raise ValueError(f"{op}: {name} must be at least {least} and below 2**31, got {_shown(value)}")
     return number

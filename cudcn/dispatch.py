@@ -18,11 +18,11 @@ _CUDA = 2
 _CLASSES = {"torch": "Tensor", "numpy": "ndarray", "cupy": "ndarray", "jax": "Array"}
 
 
-def framework(op: str, names: Mapping[str, bool], tensors: Sequence[Any], constants: Sequence[str]) -> str:
+def framework(op: str, names: Mapping[str, bool], tensors: Sequence[Any], non_differentiable: Sequence[str]) -> str:
     """A module of _CLASSES, or 'dlpack'; TypeError unless all tensors agree, ValueError on devices.
 
-    `names` says of each tensor whether it can be None; those in `constants` may be NumPy arrays beside tensors that
-    an adapter carries.
+    `names` says of each tensor whether it can be None; those that are `non_differentiable` may be NumPy arrays beside
+    tensors that an adapter carries.
     """
     given = {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
     for name, optional in names.items():
@@ -30,7 +30,7 @@ def framework(op: str, names: Mapping[str, bool], tensors: Sequence[Any], consta
             raise TypeError(f"{op}: {name} is required, got None")
     kinds = {name: kind(op, name, tensor) for name, tensor in given.items()}
     found = next(iter(kinds.values()))
-    for name in constants:
+    for name in non_differentiable:
         if kinds.get(name) == "numpy" and adapter(found):
             del kinds[name], given[name]
     if any(other != found for other in kinds.values()):

@@ -7,16 +7,10 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import dispatch, launch
-
-
-class Spec(NamedTuple):
-    """What an operator's rules need to know of a tensor; the dtype by its name, the same in every framework."""
-
-    shape: tuple[int, ...]
-    dtype: str
+from .geometry import Spec
 
 
 def specs(tensors: Iterable[Any]) -> tuple[Any, ...]:
@@ -43,21 +37,22 @@ class Op:
     its keyword-only ones the attributes, and their annotations the types (`Pair` and `Padding` are tuples of ints
     once canonical).
     `canonical(**attributes)` brings the attributes to flat tuples and plain numbers, or raises.
-    `plan(specs, **canonical)` checks the tensors and returns the operator's geometry, whose `output` is a Spec.
-    `cpu` and `cuda` are the modules that compute: `forward(plan, out, *tensors)` fills `out`, and
-    `backward(plan, grads, grad_output, *tensors)` fills those `grads` that are not None.
-    `fine` names the tensors that may be float32 beside half-precision data, `constants` those without a gradient.
+    `geometry(specs, **canonical)` checks the tensors and returns a class of geometry.py, whose `output` is a Spec.
+    `cpu` and `cuda` are the modules that compute: `forward(geometry, out, *tensors)` fills `out`, and
+    `backward(geometry, grads, grad_output, *tensors)` fills those `grads` that are not None.
+    `may_be_float32` names the tensors that may be so beside half-precision data, `non_differentiable` those without a
+    gradient.
     """
 
     function: Callable[..., Any]
     backward_function: Callable[..., Any]
     gradients: type  # a NamedTuple with one field per tensor
     canonical: Callable[..., dict[str, Any]]
-    plan: Callable[..., Any]
+    geometry: Callable[..., Any]
     cpu: ModuleType
     cuda: ModuleType
-    fine: tuple[str, ...] = ()
-    constants: tuple[str, ...] = ()
+    may_be_float32: tuple[str, ...] = ()
+    non_differentiable: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -80,66 +75,68 @@ class Op:
         return {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     def differentiable(self, tensors: Sequence[Any]) -> list[bool]:
-        """Of which tensors there is a gradient."""
-        return [t is not None and name not in self.constants for name, t in zip(self.tensors, tensors, strict=True)]
+        """Which tensors have a gradient."""
+        return [
+            t is not None and name not in self.non_differentiable for name, t in zip(self.tensors, tensors, strict=True)
+        ]
 
     @functools.cached_property
-    def planned(self) -> Callable[..., Any]:
-        """`plan`, remembered: a model calls an operator with the same few shapes again and again."""
-        return functools.lru_cache(maxsize=1024)(self.plan)
+    def known_geometry(self) -> Callable[..., Any]:
+        """`geometry`, remembered: a model calls an operator with the same few shapes again and again."""
+        return functools.lru_cache(maxsize=1024)(self.geometry)
 
     def __call__(self, *tensors: Any, **attributes: Any) -> Any:
         """Run the operator on tensors of any framework."""
-        framework = dispatch.framework(self.name, self.tensors, tensors, self.constants)
+        framework = dispatch.framework(self.name, self.tensors, tensors, self.non_differentiable)
         attributes = self.canonical(**attributes)
         if adapter := dispatch.adapter(framework):
             return adapter.run(self, tensors, attributes)
         arrays = [dispatch.array(self.name, name, t) for name, t in zip(self.tensors, tensors, strict=True)]
-        plan = self.planned(specs(arrays), **attributes)
-        out = dispatch.empty_like(arrays[0], plan.output.shape)
-        self.forward(plan, out, *arrays)
+        geometry = self.known_geometry(specs(arrays), **attributes)
+        out = dispatch.empty_like(arrays[0], geometry.output.shape)
+        self.forward(geometry, out, *arrays)
         return out
 
     def backward_of(self, *tensors: Any, **attributes: Any) -> Any:
         """The gradients of all tensors but the first, `grad_output`, on tensors of any framework."""
         name = f"{self.name}_backward"
-        framework = dispatch.framework(name, self.backward_tensors, tensors, self.constants)
+        framework = dispatch.framework(name, self.backward_tensors, tensors, self.non_differentiable)
         attributes = self.canonical(**attributes)
         if adapter := dispatch.adapter(framework):
             return self.gradients(*adapter.run_backward(self, tensors, attributes))
         given = zip(self.backward_tensors, tensors, strict=True)
         grad_output, *arrays = [dispatch.array(name, tensor_name, t) for tensor_name, t in given]
-        plan = self.planned(specs(arrays), **attributes)
-        self.check_grad_output(plan, grad_output)
+        geometry = self.known_geometry(specs(arrays), **attributes)
+        self.check_grad_output(geometry, grad_output)
         wanted = zip(arrays, self.differentiable(arrays), strict=True)
         grads = [dispatch.empty_like(a, a.shape) if want else None for a, want in wanted]
-        self.backward(plan, grads, grad_output, *arrays)
+        self.backward(geometry, grads, grad_output, *arrays)
         return self.gradients(*grads)
 
-    def check_grad_output(self, plan: Any, grad_output: Any) -> None:
+    def check_grad_output(self, geometry: Any, grad_output: Any) -> None:
         (got,) = specs([grad_output])
-        if got != plan.output:
+        if got != geometry.output:
             raise ValueError(
                 f"{self.name}_backward: grad_output must have the output's shape and dtype, "
-                f"{plan.output.shape} {plan.output.dtype}, got {got.shape} {got.dtype}"
+                f"{geometry.output.shape} {geometry.output.dtype}, got {got.shape} {got.dtype}"
             )
 
-    def forward(self, plan: Any, out: Any, *tensors: Any) -> None:
-        """Fill `out` from NumPy or CuPy arrays that have passed `plan`."""
+    def forward(self, geometry: Any, out: Any, *tensors: Any) -> None:
+        """Fill `out` from NumPy or CuPy arrays that have passed `geometry`."""
         if not out.size:
             return
         if dispatch.runs_kernels(out):
-            self.cuda.forward(plan, out, *map(launch.addressable, tensors))
+            self.cuda.forward(geometry, out, *map(launch.addressable, tensors))
         else:
-            self.cpu.forward(plan, out, *tensors)
+            self.cpu.forward(geometry, out, *tensors)
 
-    def backward(self, plan: Any, grads: Sequence[Any], grad_output: Any, *tensors: Any) -> None:
+    def backward(self, geometry: Any, grads: Sequence[Any], grad_output: Any, *tensors: Any) -> None:
         """Fill the `grads` that are not None."""
         if not grad_output.size:
             for grad in grads:
                 if grad is not None:
                     grad.fill(0)
         elif dispatch.runs_kernels(grad_output):
-            self.cuda.backward(plan, grads, *map(launch.addressable, (grad_output, *tensors)))
+            self.cuda.backward(geometry, grads, *map(launch.addressable, (grad_output, *tensors)))
         else:
-            self.cpu.backward(plan, grads, grad_output, *tensors)
+            self.cpu.backward(geometry, grads, grad_output, *tensors)

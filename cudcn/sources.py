@@ -29,7 +29,7 @@ def text(name: str) -> str:
 
 @functools.cache
 def digest() -> str:
-    """Of all files together: CuPy's own cache key does not cover the headers that a source includes."""
+    """A hash of all files: CuPy's own cache key does not cover the headers that a source includes."""
     total = hashlib.sha256()
     for file in sorted(FOLDER.glob("*.cu*")):
         total.update(file.name.encode() + b"\0" + file.read_bytes())

@@ -26,7 +26,7 @@
 constexpr int THREADS = 128, HELD = 4, STRIP = 8;
 constexpr unsigned ALL = 0xffffffffu;
 
-// Of one launch. Where the places and weights of a row are, in elements; cudcn/cuda/aggregate.py writes it.
+// One launch: where the places and weights of a row are, in elements; cudcn/cuda/aggregate.py writes it.
 struct Aggregate {
   long long places_query, places_group, weights_query, weights_group, weights_first;
   int images, height, width;  // of the queries
@@ -41,7 +41,7 @@ template <typename A> struct Map {
 };
 
 // dcnv3 and dcnv4: the taps of a window, its columns one after another.
-template <typename A> struct Taps {
+template <typename A> struct Windows {
   A scale;
   int height, width, kernel_h, left_out;
   int stride_h, stride_w, top, left, dilation_h, dilation_w, center_h, center_w;
@@ -56,7 +56,7 @@ template <typename A> struct Taps {
 };
 
 // ms_deform_attn: every level's points. A level that is not inside the value's pixels has none.
-template <typename A> struct Levels {
+template <typename A> struct Attention {
   int points, pixels;
 
   __device__ __forceinline__ Map<A> map(int, int, int sample, const long long *shapes, const long long *starts) const {
@@ -69,7 +69,7 @@ template <typename A> struct Levels {
   }
 };
 
-// Of the four corners of a cell.
+// A number for each corner of a cell.
 template <typename A> struct __align__(16) Four {
   A of[4];
 
@@ -140,7 +140,7 @@ template <typename A, typename O, typename Source> struct Samples {
     Cell<A> cell;
     Map<A> map;
 
-    // Of the inner products with the corners, which are NaN where grad_output is, for a sample that is left out too.
+    // The inner products with the corners, which are NaN where grad_output is, for a sample that is left out too.
     __device__ __forceinline__ A value(const A (&products)[4]) const { return cell.adds ? cell.value(products) : A(0); }
   };
 
@@ -253,7 +253,7 @@ aggregate_forward(const T *__restrict__ value, const O *__restrict__ places, con
 // Null gradients are not wanted. `grad_value` holds sums in A and starts as zeros; those of places and weights are each
 // written once, by the thread that owns the sample.
 //
-// Of each sample all that the channels have to say is four inner products, of grad_output with the corners' pixels:
+// All that the channels have to say of a sample is four inner products, of grad_output with the corners' pixels:
 // bilinear interpolation and its slopes are linear in them, and are done afterwards, once for all channels.
 template <typename T, typename O, template <typename> class Source, int V>
 __global__ void __launch_bounds__(THREADS, 4)

@@ -24,11 +24,12 @@
 #include "bilinear.cuh"
 #include "sum.cuh"
 
-template <typename A> constexpr int SLAB = 32 / sizeof(A);  // also in cudcn/cuda/pooling.py
-constexpr int MOST = 1 << 23;  // also in cudcn/ops/pooling.py
+constexpr int SLAB_BYTES = 32;
+template <typename A> constexpr int SLAB = SLAB_BYTES / sizeof(A);
+constexpr int MOST = 8388608;  // 2**23
 
 struct Pooling {
-  double spatial_scale, offset_scale;
+  double spatial_scale, offset_unit;
   int images, height, width, rois, rows, columns, group_rows, group_columns, part_rows, part_columns;
   int classes, class_channels, samples;
   int channels_last, tiles, slabs;
@@ -126,7 +127,7 @@ struct DeformRoI {
     const A start = product(low, scale) - A(0.5), size = product(high, scale) - A(0.5) - start;
     const A count = p.samples ? A(p.samples) : ceil(size / A(bins));
     Axis<A> axis;
-    axis.unit = product(A(p.offset_scale), size);
+    axis.unit = product(A(p.offset_unit), size);
     axis.spacing = size / A(bins) / count;
     axis.origin = start + product(A(bin), size) / A(bins) + product(axis.unit, offset) + product(axis.spacing, A(0.5));
     axis.keep(count, A(-1), A(length));
@@ -143,7 +144,7 @@ struct DeformPSRoI {
                                                  A offset) {
     const Extent<A> roi(p, low, high, A(0.5));
     Axis<A> axis;
-    axis.unit = product(A(p.offset_scale), roi.size);
+    axis.unit = product(A(p.offset_unit), roi.size);
     axis.spacing = roi.size / A(bins) / A(p.samples);
     axis.origin = roi.start + product(A(bin), roi.size) / A(bins) + product(axis.unit, offset);
     axis.keep(A(p.samples), A(-0.5), A(length) - A(0.5));

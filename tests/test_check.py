@@ -82,7 +82,7 @@ def test_a_swap_is_seen_by_its_type(op: Op, name: str) -> None:
     [
         (((1,), (1, 2)), r"padding[0] must be an int or a pair (top, bottom), got (1,)"),
         (((1, 2), (1, 2, 3)), r"padding[1] must be an int or a pair (left, right), got (1, 2, 3)"),
-        (((1, 2), ((1, 2), 2)), r"padding[1] must be made of integers, got (1, 2)"),
+        (((1, 2), ((1, 2), 2)), r"padding[1] must be an int, got (1, 2)"),
         (((1, 2), (1, 2), (1, 2)), r"padding must be an int or a pair (h, w), or ((top, bottom), (left, right)), got"),
         ((1, 1, 1, 1), r"padding must be an int or a pair (h, w), or ((top, bottom), (left, right)), got"),
         (((1, -2), (1, 2)), r"padding[0] must be at least 0 and below 2**31, got -2"),

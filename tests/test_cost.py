@@ -98,7 +98,7 @@ def test_memory_is_bounded(case: Case, threads: str, monkeypatch: pytest.MonkeyP
 
 
 def test_memory_of_views_is_bounded() -> None:
-    """Of 16 images whose rows do not follow one another."""
+    """16 images whose rows do not follow one another."""
     image, offset, mask, grad_output = (np.ones((16, n, 200, 203), np.float32)[..., :-3] for n in (4, 18, 9, 1))
     tensors = image, offset, np.ones((1, 4, 3, 3), np.float32), None, mask
     assert scratch_memory(lambda: cudcn.deform_conv2d(*tensors, padding=1)) <= 64 << 20
@@ -138,12 +138,12 @@ def test_images_are_copied_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("threads", ["1", "3"])
 @every_large_case
 def test_no_warnings(case: Case, threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of NaN, infinity, or overflow; warnings are errors here."""
+    """About NaN, infinity, or overflow; warnings are errors here."""
     monkeypatch.setenv("CUDCN_NUM_THREADS", threads)
     for dtype, value in (("float32", NAN), ("float32", INF), ("float16", 6e4), ("float32", 3e38)):
         tensors = {name: None if t is None else t.copy() for name, t in case.tensors(dtype).items()}
         for name, tensor in tensors.items():
-            if tensor is not None and name not in case.op.constants:
+            if tensor is not None and name not in case.op.non_differentiable:
                 tensor.ravel()[::7] = value
         if "rois" in tensors:
             tensors["rois"][:, 0] = 0

@@ -239,7 +239,7 @@ each_path = pytest.mark.parametrize("any_device", ["cpu", "fast"], indirect=True
 @every_operator
 @pytest.mark.parametrize("line", [False, True], ids=["pixel", "row"])
 def test_many_samples_of_one_pixel(operator: type[OneSample], line: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one block, and of many."""
+    """In one block, and in many."""
     module = importlib.import_module(f"cudcn.ops.{operator.name}").OP.cpu
     monkeypatch.setattr(module, "_BLOCK" if operator is Convolution else "_CHUNK", 1 << 17)
     side = 1024  # a power of two, for ms_deform_attn's positions to be exact
@@ -387,8 +387,8 @@ WAYS = {
     "some channels at a time": {"_SHARE": 1 << 14},
     "heaps of samples": {"_RUN": 8},
     "few queries": {"_CHUNK": 1},
-    "few points": {"_PART": 1},
-    "too many points to keep": {"_PART": 1, "_KEPT": 1},
+    "few points": {"_RUN_BYTES": 1},
+    "too many points to keep": {"_RUN_BYTES": 1, "_KEPT": 1},
 }
 
 

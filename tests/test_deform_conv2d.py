@@ -96,17 +96,19 @@ class TestEmulated:
         """Of zeros that take no memory."""
         image, offset = (np.broadcast_to(np.zeros(1, np.float32), (1, n, 1 << 14, 1 << 15)) for n in (1, 514))
         tensors = image, offset, np.zeros((1, 1, 1, 257), np.float32), None, None
-        plan = OP.plan(cudcn.op.specs(tensors), **OP.canonical(**{**PLAIN.attributes, "padding": (0, 128)}))
+        geometry = OP.geometry(cudcn.op.specs(tensors), **OP.canonical(**{**PLAIN.attributes, "padding": (0, 128)}))
         with pytest.raises(ValueError, match=r"deform_conv2d: on CUDA one image must .* got 536870912 and 1077936128"):
-            OP.cuda.backward(plan, (None, offset, None, None, None), image, *tensors)
+            OP.cuda.backward(geometry, (None, offset, None, None, None), image, *tensors)
 
     def test_too_many_pixels(self) -> None:
         """The output is small, the input is not."""
         image = np.broadcast_to(np.zeros(1, np.float32), (1, 1, 1 << 15, 1 << 15))
         tensors = image, np.zeros((1, 2, 1, 1), np.float32), np.zeros((1, 1, 1, 1), np.float32), None, None
-        plan = OP.plan(cudcn.op.specs(tensors), **OP.canonical(**{**PLAIN.attributes, "stride": 1 << 15, "padding": 0}))
+        geometry = OP.geometry(
+            cudcn.op.specs(tensors), **OP.canonical(**{**PLAIN.attributes, "stride": 1 << 15, "padding": 0})
+        )
         with pytest.raises(ValueError, match=r"deform_conv2d: on CUDA one image must .* got 1073807361 and 8389121"):
-            OP.cuda.backward(plan, (image, None, None, None, None), np.zeros((1, 1, 1, 1), np.float32), *tensors)
+            OP.cuda.backward(geometry, (image, None, None, None, None), np.zeros((1, 1, 1, 1), np.float32), *tensors)
 
     def test_strided_input_is_read(self) -> None:
         tensors = PLAIN.tensors()

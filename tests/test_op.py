@@ -53,7 +53,7 @@ def test_the_backward_is_called_as_the_forward(op: Op) -> None:
 
 @each
 def test_the_pair_alone_has_defaults(op: Op) -> None:
-    for function in op.canonical, op.plan:
+    for function in op.canonical, op.geometry:
         assert all(p.default is Parameter.empty for p in inspect.signature(function).parameters.values())
 
 

@@ -21,17 +21,17 @@ every_operator = pytest.mark.parametrize("case", EACH, ids=lambda case: case.op.
 @pytest.mark.parametrize("dtype", HALVES)
 @every_operator
 def test_half_data_with_any_float32_positions(case: Case, dtype: str) -> None:
-    count = len(case.op.fine)
+    count = len(case.op.may_be_float32)
     with emulator.settings(build="fast"):
         for chosen in itertools.product((False, True), repeat=count):
-            agrees_with_float64(case, dtype, tuple(itertools.compress(case.op.fine, chosen)))
+            agrees_with_float64(case, dtype, tuple(itertools.compress(case.op.may_be_float32, chosen)))
 
 
 @pytest.mark.usefixtures("emulated")
 @every_operator
 def test_half_data_on_the_checking_build(case: Case) -> None:
     with emulator.settings(build="check", order="reverse"):
-        agrees_with_float64(case, "float16", case.op.fine[:1])
+        agrees_with_float64(case, "float16", case.op.may_be_float32[:1])
 
 
 @pytest.mark.usefixtures("emulated")
@@ -50,13 +50,13 @@ def test_every_launched_instance_is_in_the_list(case: Case, monkeypatch: pytest.
 def test_only_the_gradients_that_are_wanted(case: Case) -> None:
     """Each alone, and in an array of any strides."""
     tensors, grad_output = tuple(case.tensors("float32").values()), case.grad_output("float32")
-    plan = case.op.planned(cudcn.op.specs(tensors), **case.op.canonical(**case.attributes))
+    geometry = case.op.known_geometry(cudcn.op.specs(tensors), **case.op.canonical(**case.attributes))
     for name, whole in case.backward(case.tensors("float32"), grad_output).items():
         if whole is None:
             continue
         wide = emulator.empty((*whole.shape[:-1], 2 * whole.shape[-1]), whole.dtype)
         grads = [wide[..., ::2] if name == n else None for n in case.op.tensors]
-        case.op.backward(plan, grads, grad_output, *tensors)
+        case.op.backward(geometry, grads, grad_output, *tensors)
         case.close(wide[..., ::2], whole, "float32")
 
 

@@ -47,7 +47,7 @@ class TestEverySmallCase(EverySmallCase):
     ("limit", "value"), [("_PIECE", 1), ("_PIECE", 4000), ("_STRIP", 300), ("_BINS", 7), ("_CUT", 3)]
 )
 def test_pieces_of_any_size(case: RoiPooling, limit: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a bin too: one that is cut is the sum of its pieces."""
+    """Pieces of a bin too: one that is cut is the sum of its pieces."""
     from cudcn.cpu import pooling
 
     tensors, grad_output = case.tensors(), case.grad_output()
@@ -130,7 +130,7 @@ LONG: list[RoiPooling] = [
 @pytest.mark.usefixtures("fast_device")
 @pytest.mark.parametrize("case", LONG, ids=str)
 def test_long_sums_keep_their_precision(case: RoiPooling) -> None:
-    """Of a ramp, whose slopes are all alike. Single weights and slopes have the rounding of positions in float32."""
+    """On a ramp, whose slopes are all alike. Single weights and slopes have the rounding of positions in float32."""
     (height, width), scale = case.size, case.spatial_scale
     tensors = dict(case.tensors("float32"))
     ramp = 1.1 + 0.1 * np.arange(width) / width + 0.3 * np.arange(height)[:, None] / height

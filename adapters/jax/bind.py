@@ -95,7 +95,7 @@ def _check_integers(op: str, names: Iterable[str], tensors: Sequence[Any]) -> No
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _forward(op: Op, attributes: Attributes, *tensors: Any) -> Any:
-    output = op.planned(specs(tensors), **dict(attributes)).output
+    output = op.known_geometry(specs(tensors), **dict(attributes)).output
     return _call(op.name, attributes, tensors, [jax.ShapeDtypeStruct(*output)])[0]
 
 
@@ -114,8 +114,8 @@ def _backward(op: Op, attributes: Attributes, grad_output: Any, *tensors: Any) -
     All of them: the `perturbed` flags that a custom_vjp with symbolic zeros could hand to the backward pass
     are at times those of another trace (JAX 0.10, under vmap and cond), and gradients would be missing.
     """
-    plan = op.planned(specs(tensors), **dict(attributes))
-    op.check_grad_output(plan, grad_output)
+    geometry = op.known_geometry(specs(tensors), **dict(attributes))
+    op.check_grad_output(geometry, grad_output)
     wanted = op.differentiable(tensors)
     outputs = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t, want in zip(tensors, wanted, strict=True) if want]
     return tuple(spread(wanted, _call(f"{op.name}_backward", attributes, (grad_output, *tensors), outputs)))
@@ -155,7 +155,7 @@ def _fill_output(op: Op, *call: Any) -> None:
     with _device(buffers[0].device, stream):
         *arrays, out = map(_view, buffers)
         tensors = spread(given, arrays)
-        op.forward(op.planned(specs(tensors), **attributes), out, *tensors)
+        op.forward(op.known_geometry(specs(tensors), **attributes), out, *tensors)
 
 
 def _fill_grads(op: Op, *call: Any) -> None:
@@ -164,7 +164,7 @@ def _fill_grads(op: Op, *call: Any) -> None:
         arrays = [_view(buffer) for buffer in buffers]
         grad_output, *tensors = spread(given, arrays)
         grads = spread(op.differentiable(tensors), arrays[sum(given) :])
-        op.backward(op.planned(specs(tensors), **attributes), grads, grad_output, *tensors)
+        op.backward(op.known_geometry(specs(tensors), **attributes), grads, grad_output, *tensors)
 
 
 def _parts(op: Op, call: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[int, ...], int, Sequence[Any]]:

@@ -50,7 +50,7 @@ def run_backward(op: Op, tensors: Sequence[Any], attributes: dict[str, Any]) -> 
 
 
 def as_tensor(value: Any, like: torch.Tensor) -> Any:
-    """A NumPy array, which an operator's constants may be, as a tensor on the device of another."""
+    """A NumPy array, which a tensor without a gradient may be, as a tensor on the device of another."""
     if not isinstance(value, np.ndarray):
         return value
     if not torch.compiler.is_compiling():  # which takes NumPy's arrays for tensors
@@ -60,17 +60,18 @@ def as_tensor(value: Any, like: torch.Tensor) -> Any:
 
 
 def _autocast(op: Op, tensors: Sequence[Any]) -> Sequence[Any]:
-    """The tensors as torch's convolutions take them under autocast; `fine` ones keep their float32."""
+    """The tensors as torch's convolutions take them under autocast; those that `may_be_float32` stay so."""
     device = tensors[0].device.type
     if device not in ("cpu", "cuda"):  # "meta" has no autocast to ask about
         return tensors
     if not torch.is_autocast_enabled(device) or any(t is not None and t.dtype == torch.float64 for t in tensors):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return [
-        t if t is None or not t.is_floating_point() or (n in op.fine and t.dtype == torch.float32) else t.to(dtype)
-        for n, t in zip(op.tensors, tensors, strict=True)
-    ]
+
+    def stays(name: str, t: Any) -> bool:
+        return t is None or not t.is_floating_point() or (name in op.may_be_float32 and t.dtype == torch.float32)
+
+    return [t if stays(name, t) else t.to(dtype) for name, t in zip(op.tensors, tensors, strict=True)]
 
 
 def _define(op: Op) -> None:
@@ -93,51 +94,52 @@ def _register(
 
 
 def _forward(op: Op, *arguments: Any) -> torch.Tensor:
-    plan, output = _empty_output(op, op.planned, arguments)
+    geometry, output = _empty_output(op, op.known_geometry, arguments)
     with _arrays(output, *arguments[: len(op.tensors)]) as arrays:
-        op.forward(plan, *arrays)
+        op.forward(geometry, *arrays)
     return output
 
 
 def _backward(op: Op, *arguments: Any) -> list[torch.Tensor]:
-    plan, grads = _empty_grads(op, op.planned, arguments)
+    geometry, grads = _empty_grads(op, op.known_geometry, arguments)
     count = len(op.backward_tensors)
     with _arrays(*arguments[:count], *grads) as arrays:
-        op.backward(plan, arrays[count:], *arrays[:count])
+        op.backward(geometry, arrays[count:], *arrays[:count])
     return [grad for grad in grads if grad is not None]
 
 
-# Symbolic shapes must not be remembered, so these take `plan`, not `planned`: their truth is a guard of one trace.
+# These take `geometry`, not `known_geometry`: symbolic shapes must not be remembered, as what holds of them is a guard of
+# one trace.
 def _fake_forward(op: Op, *arguments: Any) -> torch.Tensor:
-    return _empty_output(op, op.plan, arguments)[1]
+    return _empty_output(op, op.geometry, arguments)[1]
 
 
 def _fake_backward(op: Op, *arguments: Any) -> list[torch.Tensor]:
-    return [grad for grad in _empty_grads(op, op.plan, arguments)[1] if grad is not None]
+    return [grad for grad in _empty_grads(op, op.geometry, arguments)[1] if grad is not None]
 
 
-def _empty_output(op: Op, plan: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, torch.Tensor]:
+def _empty_output(op: Op, rules: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, torch.Tensor]:
     count = len(op.tensors)
     _check_devices(op.name, op.tensors, arguments)
-    geometry = _planned(op, plan, arguments[:count], arguments[count:])
+    geometry = _geometry_of(op, rules, arguments[:count], arguments[count:])
     return geometry, torch.empty(geometry.output.shape, dtype=arguments[0].dtype, device=arguments[0].device)
 
 
-def _empty_grads(op: Op, plan: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, list[torch.Tensor | None]]:
+def _empty_grads(op: Op, rules: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, list[torch.Tensor | None]]:
     """One for each tensor whose gradient is wanted, None for the others."""
     count = len(op.backward_tensors)
     _check_devices(f"{op.name}_backward", op.backward_tensors, arguments)
     grad_output, *tensors = arguments[:count]
     *attributes, needs = arguments[count:]
-    geometry = _planned(op, plan, tensors, attributes)
+    geometry = _geometry_of(op, rules, tensors, attributes)
     op.check_grad_output(geometry, grad_output)
     wanted = [t if need else None for t, need in zip(tensors, needs, strict=True)]
     return geometry, [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
 
 
-def _planned(op: Op, plan: Callable[..., Any], tensors: Sequence[Any], attributes: Sequence[Any]) -> Any:
+def _geometry_of(op: Op, rules: Callable[..., Any], tensors: Sequence[Any], attributes: Sequence[Any]) -> Any:
     values = (tuple(value) if isinstance(value, list) else value for value in attributes)
-    return plan(specs(tensors), **dict(zip(op.attributes, values, strict=True)))
+    return rules(specs(tensors), **dict(zip(op.attributes, values, strict=True)))
 
 
 def _check_devices(name: str, names: Iterable[str], arguments: Sequence[Any]) -> None:

@@ -61,7 +61,7 @@ def _refuse(op: Op, ctx: Any, *grads: Any) -> Any:
 
 
 class _Forward(torch.autograd.Function):
-    """Of a torch operator's arguments, and last the `Op`: `needs_input_grad` begins with the tensors either way."""
+    """A torch operator, called with its arguments and last the `Op`; `needs_input_grad` begins with the tensors."""
 
     @staticmethod
     def forward(*inputs: Any) -> Any:

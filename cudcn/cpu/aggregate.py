@@ -10,26 +10,32 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..dtypes import arithmetic
+from ..geometry import Aggregation, Attention
 from .parallel import HELD, Team, batches, team, tiles
 from .sampling import Sampler, Share, flattened, sums_of
 
-if TYPE_CHECKING:
-    from ..ops.aggregate import Geometry, Level
-
 _CHUNK = 16 << 20  # bytes of a block, by estimate
-_PART = 4 << 20  # bytes of what is sampled for one query at a time
-_KEPT = 8  # parts of a block that are kept; of more, each is computed again when it is needed
+_RUN_BYTES = 4 << 20  # bytes of what is sampled for one query at a time
+_KEPT = 8  # runs of a block that are kept; of more, each is computed again when it is needed
 
 Block = tuple[int, slice, slice, slice]  # an image, the rows and columns of some of its queries, and some groups
 Images = dict[int, np.ndarray]  # of each image, its pixels and groups one after another, (.., D)
 
 
-class Part(NamedTuple):
+class Level(NamedTuple):
+    """An image that is sampled: its first pixel, and its size."""
+
+    first: int
+    height: int
+    width: int
+
+
+class Run(NamedTuple):
     """A level and some of its points."""
 
     level: int
@@ -43,66 +49,65 @@ class Part(NamedTuple):
 
 
 @np.errstate(all="ignore")  # NaN and infinity pass through, as in the kernels
-def forward(g: Geometry, out: Any, *tensors: Any) -> None:
-    image, places, weights = g.parts(*tensors)
-    out, levels, dtype, parts = g.by_group(out), g.images(*tensors), arithmetic(image), _parts(g)
+def forward(g: Aggregation, out: Any, *tensors: Any) -> None:
+    image, places, weights = g.views(*tensors)
+    out, levels, dtype, runs = g.by_group(out), _levels(g, *tensors), arithmetic(image), _runs(g)
 
     def aggregate(block: Block) -> None:
-        factors, total = _factors(g, weights[block], parts, dtype), _zeros(g, out[block], parts, dtype)
-        for part in parts:
-            total += _sampler(g, levels, places, factors(part), block, part).sums(pixels[block[0]])
+        factors, total = _factors(g, weights[block], runs, dtype), _zeros(g, out[block], runs, dtype)
+        for run in runs:
+            total += _sampler(g, levels, places, factors(run), block, run).sums(pixels[block[0]])
         out[block] = total.reshape(out[block].shape)
 
     with _team(g, dtype, shares=0) as workers:
         for images in batches(g.batch, g.pixels * g.groups * g.group_channels * np.dtype(dtype).itemsize):
             pixels = _pixels(workers, image, images, dtype)
-            for _ in workers.ordered(aggregate, _blocks(g, images)):
-                pass
+            workers.each(aggregate, _blocks(g, images))
 
 
 @np.errstate(all="ignore")
-def backward(g: Geometry, grads: Any, grad_output: Any, *tensors: Any) -> None:
-    image, places, weights = g.parts(*tensors)
-    grad_output, levels, dtype, parts = g.by_group(grad_output), g.images(*tensors), arithmetic(image), _parts(g)
-    grad_image, grad_places, grad_weights = g.parts(*grads)
+def backward(g: Aggregation, grads: Any, grad_output: Any, *tensors: Any) -> None:
+    image, places, weights = g.views(*tensors)
+    grad_output, levels, dtype, runs = g.by_group(grad_output), _levels(g, *tensors), arithmetic(image), _runs(g)
+    grad_image, grad_places, grad_weights = g.views(*grads)
     if (unused := g.unused(*grads)) is not None:
         unused[...] = 0
 
     def differentiate(block: Block) -> Iterable[Share]:
         """The block's shares of the image's gradient; those of places and weights are its own to write."""
         vectors = grad_output[block].reshape(-1, g.group_channels).astype(dtype, copy=False)
-        factors = _factors(g, weights[block], parts, dtype)
+        factors = _factors(g, weights[block], runs, dtype)
 
         @functools.lru_cache(maxsize=1)
-        def sampler(part: Part) -> Sampler:
-            return _sampler(g, levels, places, factors(part), block, part)
+        def sampler(run: Run) -> Sampler:
+            return _sampler(g, levels, places, factors(run), block, run)
 
         @functools.lru_cache(maxsize=_KEPT)
-        def products(part: Part) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            return sampler(part).products(pixels[block[0]], vectors)
+        def products(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            return sampler(run).products(pixels[block[0]], vectors)
 
         shares: list[Share] = []
         mean: Any = 0  # d out / d logit = factor * (value - mean), and out is the mean of the values
         counted: Any = False  # factors that are NaN are so all together: they count where any sample of the query does
-        for part in parts:
-            if sums and len(parts) <= _KEPT:
-                shares += sampler(part).scattered(vectors)
+        for run in runs:
+            if sums and len(runs) <= _KEPT:
+                shares += sampler(run).scattered(vectors)
             if pixels and grad_weights is not None and g.softmax:
-                mean += (factors(part) * products(part)[0]).sum(1, dtype=np.float64, keepdims=True)
-                counted |= sampler(part).counted.reshape(len(vectors), -1).any(1, keepdims=True)
-        for part in parts if pixels else ():
-            values, *slopes = products(part)
+                mean += (factors(run) * products(run)[0]).sum(1, dtype=np.float64, keepdims=True)
+                counted |= sampler(run).counted.reshape(len(vectors), -1).any(1, keepdims=True)
+        for run in runs if pixels else ():
+            values, *slopes = products(run)
             if grad_places is not None:
                 for axis in (0, 1):
-                    own = grad_places[..., 1 - axis][block][part.at]
-                    own[...] = (slopes[axis] * dtype(g.scale(levels[part.level])[axis])).reshape(own.shape)
+                    own = grad_places[..., 1 - axis][block][run.at]
+                    own[...] = (slopes[axis] * _scale(g, levels[run.level], axis, dtype)).reshape(own.shape)
             if grad_weights is not None:
                 if g.softmax:
-                    values = np.where(counted, factors(part) * (values - mean), 0)
-                own = grad_weights[block][part.at]
+                    values = np.where(counted, factors(run) * (values - mean), 0)
+                own = grad_weights[block][run.at]
                 own[...] = values.reshape(own.shape)
-        if sums and len(parts) > _KEPT:
-            return (share for part in parts for share in sampler(part).scattered(vectors))
+        if sums and len(runs) > _KEPT:
+            return (share for run in runs for share in sampler(run).scattered(vectors))
         return shares
 
     def accumulate() -> None:
@@ -110,13 +115,13 @@ def backward(g: Geometry, grads: Any, grad_output: Any, *tensors: Any) -> None:
             for share in shares:
                 sums[n][share.at] += share.sums
 
-    with _team(g, dtype, shares=min(len(parts), _KEPT)) as workers:
+    with _team(g, dtype, shares=min(len(runs), _KEPT)) as workers:
         numbers = g.pixels * g.groups * g.group_channels  # of an image
         for images in batches(g.batch, 12 * numbers):
             blocks = _blocks(g, images)
             pixels: Images = {}
             sums: Images = {}
-            sum_type = sums_of(len(blocks) // len(images) * len(parts) // g.levels, dtype)
+            sum_type = sums_of(len(blocks) // len(images) * len(runs) // g.levels, dtype)
             if _overlap(levels):
                 sum_type = np.float64
             if grad_places is not None or grad_weights is not None:
@@ -130,25 +135,25 @@ def backward(g: Geometry, grads: Any, grad_output: Any, *tensors: Any) -> None:
             workers.copy((grad_image[n], sums[n].reshape(grad_image[n].shape)) for n in sums)
 
 
-def _team(g: Geometry, dtype: type, shares: int) -> Any:
+def _team(g: Aggregation, dtype: type, shares: int) -> Any:
     """For blocks that leave so many shares."""
     samples = g.batch * math.prod(g.queries) * g.groups * g.levels * g.points
     scratch = _CHUNK // 2 + 32 * g.group_channels + shares * (2 << 20)
     return team(samples * g.group_channels * np.dtype(dtype).itemsize, scratch * np.dtype(dtype).itemsize // 4)
 
 
-def _parts(g: Geometry) -> list[Part]:
+def _runs(g: Aggregation) -> list[Run]:
     """All points of a level, unless they are very many."""
     step = _points(g)
-    return [Part(i, p, min(p + step, g.points)) for i in range(g.levels) for p in range(0, g.points, step)]
+    return [Run(i, p, min(p + step, g.points)) for i in range(g.levels) for p in range(0, g.points, step)]
 
 
-def _points(g: Geometry) -> int:
-    """Of a part."""
-    return max(1, min(g.points, _PART // (16 * g.group_channels + 128)))
+def _points(g: Aggregation) -> int:
+    """As many as a run may have."""
+    return max(1, min(g.points, _RUN_BYTES // (16 * g.group_channels + 128)))
 
 
-def _blocks(g: Geometry, images: range) -> list[Block]:
+def _blocks(g: Aggregation, images: range) -> list[Block]:
     """Some rows of queries, or part of one row, or some groups of one query."""
     rows = max(1, _CHUNK // (_points(g) * (4 * g.group_channels + 256)))
     groups = [slice(i, min(i + rows, g.groups)) for i in range(0, g.groups, rows)]
@@ -159,9 +164,9 @@ def _pixels(workers: Team, image: np.ndarray, images: range, dtype: type) -> Ima
     return dict(zip(images, flattened(workers, [image[n] for n in images], dtype), strict=True))
 
 
-def _zeros(g: Geometry, output: np.ndarray, parts: list[Part], dtype: type) -> np.ndarray:
-    """(queries * groups, D), to sum a block's parts in."""
-    return np.zeros((output.size // g.group_channels, g.group_channels), sums_of(len(parts), dtype))
+def _zeros(g: Aggregation, output: np.ndarray, runs: list[Run], dtype: type) -> np.ndarray:
+    """(queries * groups, D), to sum a block's runs in."""
+    return np.zeros((output.size // g.group_channels, g.group_channels), sums_of(len(runs), dtype))
 
 
 def _overlap(levels: list[Level]) -> bool:
@@ -169,32 +174,66 @@ def _overlap(levels: list[Level]) -> bool:
     return any(end > first for (_, end), (first, _) in itertools.pairwise(spans))
 
 
-def _factors(g: Geometry, weights: np.ndarray, parts: list[Part], dtype: type) -> Callable[[Part], np.ndarray]:
-    """Of a part's samples in a block with those `weights`, (queries * groups, P)."""
+def _factors(g: Aggregation, weights: np.ndarray, runs: list[Run], dtype: type) -> Callable[[Run], np.ndarray]:
+    """The weights of a run's samples, (queries * groups, P), in a block that has `weights`."""
 
-    def given(part: Part) -> np.ndarray:
-        some = weights[part.at]
+    def given(run: Run) -> np.ndarray:
+        some = weights[run.at]
         return some.astype(dtype, copy=False).reshape(-1, some.shape[-1])
 
     if not g.softmax:
         return given
-    most = functools.reduce(np.maximum, (given(part).max(1, keepdims=True) for part in parts))
-    exponentials = functools.lru_cache(maxsize=_KEPT)(lambda part: np.exp(given(part) - most))
-    total: Any = np.asarray(sum(exponentials(part).sum(1, dtype=np.float64, keepdims=True) for part in parts), dtype)
-    return lambda part: exponentials(part) / total
+    most = functools.reduce(np.maximum, (given(run).max(1, keepdims=True) for run in runs))
+    exponentials = functools.lru_cache(maxsize=_KEPT)(lambda run: np.exp(given(run) - most))
+    total: Any = np.asarray(sum(exponentials(run).sum(1, dtype=np.float64, keepdims=True) for run in runs), dtype)
+    return lambda run: exponentials(run) / total
 
 
 def _sampler(
-    g: Geometry, levels: list[Level], places: np.ndarray, factors: np.ndarray, block: Block, part: Part
+    g: Aggregation, levels: list[Level], places: np.ndarray, factors: np.ndarray, block: Block, run: Run
 ) -> Sampler:
-    """Of a part of a block's samples; each row sums those of a query and group."""
-    (_, rows, columns, groups), level, dtype = block, levels[part.level], factors.dtype.type
-    y_x = [places[..., 1 - axis][block][part.at] for axis in (0, 1)]
+    """The samples of one run in a block; each row sums those of a query and group."""
+    (_, rows, columns, groups), level, dtype = block, levels[run.level], factors.dtype.type
+    y_x = [places[..., 1 - axis][block][run.at] for axis in (0, 1)]
     positions = np.empty((2, *y_x[0].shape), dtype)
     for axis, queries in enumerate((rows, columns)):
-        np.multiply(y_x[axis], dtype(g.scale(level)[axis]), out=positions[axis])
-        positions[axis] += g.origin(axis, queries, slice(part.begin, part.end), dtype)
+        np.multiply(y_x[axis], _scale(g, level, axis, dtype), out=positions[axis])
+        positions[axis] += _origin(g, axis, queries, slice(run.begin, run.end), dtype)
     first = level.first * g.groups + groups.start
     return Sampler(
         positions, level.height, level.width, factors, positions.shape[-1], groups.stop - groups.start, g.groups, first
     )
+
+
+def _levels(g: Aggregation, image: np.ndarray, *others: np.ndarray) -> list[Level]:
+    if not isinstance(g, Attention):
+        return [Level(0, g.height, g.width)]
+    shapes, starts, *_ = others
+    levels = [Level(int(first), int(h), int(w)) for first, (h, w) in zip(starts, shapes, strict=True)]
+    for first, height, width in levels:
+        if min(height, width) < 1 or first < 0 or first + height * width > g.pixels:
+            raise ValueError(
+                f"{g.name}: each level must have a pixel and lie inside value's {g.pixels}, "
+                f"got spatial_shapes {shapes.tolist()} and level_start_index {starts.tolist()}"
+            )
+    return levels
+
+
+def _scale(g: Aggregation, level: Level, axis: int, dtype: type) -> Any:
+    """The pixels that a place moves by when y (axis 0) or x of it grows by 1."""
+    return dtype((level.height, level.width)[axis] if isinstance(g, Attention) else g.offset_scale)
+
+
+def _origin(g: Aggregation, axis: int, queries: slice, points: slice, dtype: type) -> Any:
+    """Where samples lie whose place is 0, y (axis 0) or x of them, broadcasting to (*queries, G, P)."""
+    if isinstance(g, Attention):
+        return dtype(-0.5)  # locations begin at the upper left edge of the first pixel, half a pixel before its centre
+    # q * stride - padding + center + (tap * dilation - center) * offset_scale
+    tap = np.arange(g.points + g.remove_center)
+    if g.remove_center:
+        tap = np.delete(tap, g.points // 2)
+    tap = np.divmod(tap[points], g.kernel[0])[1 - axis] * g.dilation[axis] - g.center[axis]
+    query = np.arange(queries.start, queries.stop)
+    middle: np.ndarray = (query * g.stride[axis] - g.padding[axis] + g.center[axis]).astype(dtype)
+    around = tap.astype(dtype) * dtype(g.offset_scale)
+    return middle.reshape((-1, 1, 1, 1) if axis == 0 else (-1, 1, 1)) + around

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from ..ops.pooling import Geometry
+from ..geometry import MOST, RoIPooling
 
 
 class Bins:
@@ -17,15 +16,15 @@ class Bins:
     those to look at, in the order of (roi, row, column)."""
 
     def __init__(
-        self, g: Geometry, dtype: type, rois: Any, offset: Any, chosen: np.ndarray, cls: int, places: range
+        self, g: RoIPooling, dtype: type, rois: Any, offset: Any, chosen: np.ndarray, cls: int, places: range
     ) -> None:
         self.number, place = np.divmod(np.arange(places.start, places.stop), g.output_size[0] * g.output_size[1])
         self.row, self.column = np.divmod(place, g.output_size[1])
         self.roi = chosen[self.number]
         self.part_row = self.row * g.part_size[0] // g.output_size[0]
         self.part_column = self.column * g.part_size[1] // g.output_size[1]
-        self.group = self.row * g.group_size[0] // g.output_size[0] * g.group_size[1]
-        self.group += self.column * g.group_size[1] // g.output_size[1]
+        self.plane = self.row * g.group_size[0] // g.output_size[0] * g.group_size[1]
+        self.plane += self.column * g.group_size[1] // g.output_size[1]
 
         def axis(low: int, high: int, bin: np.ndarray, bins: int, length: int, channel: int) -> Axis:
             start, stop = (rois[self.roi, end].astype(dtype) for end in (low, high))
@@ -35,9 +34,9 @@ class Bins:
         self.y = axis(2, 4, self.row, g.output_size[0], g.height, 1)
         self.x = axis(1, 3, self.column, g.output_size[1], g.width, 0)
         vars(self).update(vars(self.of((self.y.counts > 0) & (self.x.counts > 0))))
-        top, bottom, self.rows = self.y.reach(g.height, g.bins == "Average")
-        _, _, self.columns = self.x.reach(g.width, g.bins == "Average")
-        self.top, self.bottom = self.group * g.height + top, self.group * g.height + bottom
+        top, bottom, self.rows = self.y.reach(g.height, g.kind == "Average")
+        _, _, self.columns = self.x.reach(g.width, g.kind == "Average")
+        self.top, self.bottom = self.plane * g.height + top, self.plane * g.height + bottom
 
     def of(self, some: Any) -> Bins:
         """Some of them."""
@@ -93,7 +92,7 @@ class Axis(NamedTuple):
         return np.clip(first, 0, length - 1), np.clip(last, 0, length - 1), most
 
     def pixels(self) -> Line:
-        """Of samples that are pixels."""
+        """The line of samples that are whole pixels."""
         counts = self.counts
         pixel, _ = spans(self.begin, counts)
         ones = np.ones(len(pixel), self.origin.dtype)
@@ -135,32 +134,32 @@ class Line(NamedTuple):
     slope: np.ndarray
 
 
-def _axis(g: Geometry, roi: Any, low: Any, high: Any, bin: Any, bins: int, length: int, offset: Any) -> Axis:
+def _axis(g: RoIPooling, roi: Any, low: Any, high: Any, bin: Any, bins: int, length: int, offset: Any) -> Axis:
     """One axis of the bins, for rois from `low` to `high` in an image of `length` pixels."""
     dtype = low.dtype.type
     scale = dtype(g.spatial_scale)
-    edge = 0 if g.bins == "Average" else dtype(0.5)
-    if g.bins == "DeformRoI":
+    edge = 0 if g.kind == "Average" else dtype(0.5)
+    if g.kind == "DeformRoI":
         start = low * scale - edge
         size = high * scale - edge - start
     else:
         start = _round(low) * scale - edge
         size = (_round(high) + 1) * scale - edge - start
         size = np.where(np.isfinite(size) & (size < 0.1), dtype(0.1), size)
-    if g.bins == "Average":
+    if g.kind == "Average":
         begin, end = _pixel_run(start + bin * size / bins, start + (bin + 1) * size / bins, length)
         origin, spacing, unit, count = np.zeros_like(size), np.ones_like(size), size, end - begin
     else:
-        unit = dtype(g.offset_scale) * size
+        unit = dtype(g.offset_unit) * size
         count = np.ceil(size / bins) if g.samples == 0 else np.full_like(size, g.samples)
-        for i in np.flatnonzero((count > g.MOST) & np.isfinite(count)):
+        for i in np.flatnonzero((count > MOST) & np.isfinite(count)):
             raise ValueError(
                 f"{g.name}: with sampling_ratio 0 a bin must be at most 2**23 pixels high and wide, "
                 f"those of rois[{roi[i]}] are {size[i] / bins}"
             )
         spacing = size / bins / count
         origin = start + bin * size / bins + unit * offset
-        if g.bins == "DeformRoI":
+        if g.kind == "DeformRoI":
             origin = origin + spacing * dtype(0.5)
             begin, end = _sample_run(origin, spacing, count, -1, length)
         else:

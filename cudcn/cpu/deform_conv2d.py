@@ -6,16 +6,14 @@ blocks nor the order in which they are summed depend on the number of threads.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..dtypes import arithmetic
+from ..geometry import Convolution
 from .parallel import HELD, Team, batches, team, tiles
 from .sampling import Sampler, flattened, sums_of
-
-if TYPE_CHECKING:
-    from ..ops.deform_conv2d import Geometry
 
 _BLOCK = 3 << 20  # bytes of a block's columns, samples and results
 _LARGE = 11 << 20  # the same, where so few pixels would make slow products
@@ -30,7 +28,7 @@ Images = dict[int, list[np.ndarray]]  # (.., C / offset_groups) of each offset g
 
 
 @np.errstate(all="ignore")  # NaN and infinity pass through, as in the kernels
-def forward(g: Geometry, out: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> None:
+def forward(g: Convolution, out: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> None:
     input, out, offset, mask = g.nchw(input, out, offset, mask)
     dtype = arithmetic(input)
     matrix = _matrix(g, weight, dtype)
@@ -49,13 +47,12 @@ def forward(g: Geometry, out: Any, input: Any, offset: Any, weight: Any, bias: A
     with _team(g, dtype, copies=2) as workers:
         for images in batches(g.batch, g.channels * g.height * g.width * np.dtype(dtype).itemsize):
             pixels = _pixels(g, workers, input, images, dtype)
-            for _ in workers.ordered(convolve, _blocks(g, images, dtype)):
-                pass
+            workers.each(convolve, _blocks(g, images, dtype))
 
 
 @np.errstate(all="ignore")
 def backward(
-    g: Geometry, grads: Any, grad_output: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any
+    g: Convolution, grads: Any, grad_output: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any
 ) -> None:
     grad_input, grad_offset, grad_weight, grad_bias, grad_mask = grads
     input, grad_input, grad_output = g.nchw(input, grad_input, grad_output)
@@ -110,8 +107,7 @@ def backward(
     def multiply_kept() -> None:
         step = max(1, min(_SLICE, _PRODUCT // (g.out_channels * matrix.itemsize)))
         columns = range(0, matrix.shape[1] if kept else 0, step)
-        for _ in workers.ordered(multiply, [slice(column, column + step) for column in columns]):
-            pass
+        workers.each(multiply, [slice(column, column + step) for column in columns])
         kept.clear()
 
     with _team(g, dtype, copies=4) as workers:
@@ -141,37 +137,37 @@ def backward(
         grad_bias[...] = bias_sum
 
 
-def _team(g: Geometry, dtype: type, copies: int) -> Any:
+def _team(g: Convolution, dtype: type, copies: int) -> Any:
     """For blocks that need their size in bytes `copies` times."""
     return team(g.batch * g.out_pixels * _pixel_bytes(g, dtype), copies * _step(g, dtype) * _pixel_bytes(g, dtype))
 
 
-def _pixel_bytes(g: Geometry, dtype: type) -> int:
-    """Of an output pixel's columns, one offset group's samples, and results."""
+def _pixel_bytes(g: Convolution, dtype: type) -> int:
+    """What an output pixel takes: its columns, one offset group's samples, and results."""
     return np.dtype(dtype).itemsize * (g.taps * (g.channels + 12) + 2 * g.out_channels)
 
 
-def _step(g: Geometry, dtype: type) -> int:
+def _step(g: Convolution, dtype: type) -> int:
     """Output pixels of a block."""
     size = _pixel_bytes(g, dtype)
     return max(1, _BLOCK // size, min(_FEW_PIXELS, _LARGE // size))
 
 
-def _blocks(g: Geometry, images: range, dtype: type) -> list[Block]:
+def _blocks(g: Convolution, images: range, dtype: type) -> list[Block]:
     return [(n, *tile) for n in images for tile in tiles(g.out_height, g.out_width, _step(g, dtype))]
 
 
-def _pixels(g: Geometry, workers: Team, input: np.ndarray, images: range, dtype: type) -> Images:
+def _pixels(g: Convolution, workers: Team, input: np.ndarray, images: range, dtype: type) -> Images:
     return {n: flattened(workers, _planes(g, input[n]), dtype) for n in images}
 
 
-def _planes(g: Geometry, image: np.ndarray) -> list[np.ndarray]:
+def _planes(g: Convolution, image: np.ndarray) -> list[np.ndarray]:
     """(H, W, C / offset_groups) of each offset group of (C, H, W), views."""
     size = g.channels // g.offset_groups
     return [image[c : c + size].transpose(1, 2, 0) for c in range(0, g.channels, size)]
 
 
-def _taps(g: Geometry, images: np.ndarray, block: Block, group: int, parts: int) -> np.ndarray:
+def _taps(g: Convolution, images: np.ndarray, block: Block, group: int, parts: int) -> np.ndarray:
     """(h, w, K, parts) of a block and offset group in images of offsets (2 parts) or of masks (1 part), a view."""
     n, rows, columns = block
     size = g.taps * parts
@@ -179,7 +175,7 @@ def _taps(g: Geometry, images: np.ndarray, block: Block, group: int, parts: int)
     return own.reshape(g.taps, parts, *own.shape[1:]).transpose(2, 3, 0, 1)
 
 
-def _sampler(g: Geometry, offset: np.ndarray, mask: Any, block: Block, group: int, dtype: type) -> Sampler:
+def _sampler(g: Convolution, offset: np.ndarray, mask: Any, block: Block, group: int, dtype: type) -> Sampler:
     """Samples at (h, w, K): each output pixel's taps."""
     tap = np.divmod(np.arange(g.taps), g.kernel[1])
     shift = _taps(g, offset, block, group, 2)
@@ -193,29 +189,29 @@ def _sampler(g: Geometry, offset: np.ndarray, mask: Any, block: Block, group: in
     return Sampler(places, g.height, g.width, modulation)
 
 
-def _matrix(g: Geometry, weight: np.ndarray, dtype: type) -> np.ndarray:
+def _matrix(g: Convolution, weight: np.ndarray, dtype: type) -> np.ndarray:
     """(groups, K * C_in / groups, C_out / groups)"""
     split = weight.reshape(g.groups, g.out_channels // g.groups, -1, *g.kernel).transpose(0, 3, 4, 2, 1)
     return np.ascontiguousarray(split, dtype).reshape(g.groups, -1, g.out_channels // g.groups)
 
 
-def _joined(g: Geometry, columns: list[np.ndarray]) -> np.ndarray:
+def _joined(g: Convolution, columns: list[np.ndarray]) -> np.ndarray:
     """(Q, K, C_in) of the offset groups' samples, each (Q * K, C_in / offset_groups)."""
     return np.concatenate(columns, axis=1).reshape(-1, g.taps, g.channels) if len(columns) > 1 else columns[0]
 
 
-def _by_group(g: Geometry, columns: np.ndarray) -> np.ndarray:
+def _by_group(g: Convolution, columns: np.ndarray) -> np.ndarray:
     """(groups, Q, K * C_in / groups) of (Q, K, C_in)"""
     split = columns.reshape(-1, g.taps, g.groups, g.channels // g.groups)
     return split.transpose(2, 0, 1, 3).reshape(g.groups, split.shape[0], -1)
 
 
-def _by_offset_group(g: Geometry, columns: np.ndarray) -> np.ndarray:
+def _by_offset_group(g: Convolution, columns: np.ndarray) -> np.ndarray:
     """(offset_groups, Q * K, C_in / offset_groups) of (groups, Q, K * C_in / groups)"""
     joined = columns.reshape(g.groups, -1, g.taps, g.channels // g.groups).transpose(1, 2, 0, 3)
     return joined.reshape(-1, g.offset_groups, g.channels // g.offset_groups).transpose(1, 0, 2)
 
 
-def _by_channel(g: Geometry, product: np.ndarray) -> np.ndarray:
+def _by_channel(g: Convolution, product: np.ndarray) -> np.ndarray:
     """(C_out, Q) of (groups, Q, C_out / groups)"""
     return product.transpose(0, 2, 1).reshape(g.out_channels, -1)

@@ -101,6 +101,10 @@ class Team:
         while pending:
             yield pending.popleft().result()
 
+    def each(self, work: Callable[[Item], None], items: Iterable[Item]) -> None:
+        """`work` on all items, before this returns."""
+        collections.deque(self.ordered(work, items), maxlen=0)
+
     def copy(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
         """Each pair's second array into its first, some rows at a time."""
         strips = []
@@ -108,8 +112,7 @@ class Team:
             step = max(1, _STRIP * len(source) // max(1, source.nbytes))
             rows = (slice(row, row + step) for row in range(0, len(source), step))
             strips += [(target[row], source[row]) for row in rows]
-        for _ in self.ordered(lambda strip: np.copyto(*strip, casting="unsafe"), strips):
-            pass
+        self.each(lambda strip: np.copyto(*strip, casting="unsafe"), strips)
 
 
 @contextlib.contextmanager

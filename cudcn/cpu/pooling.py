@@ -14,17 +14,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, reduce
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from ..dtypes import arithmetic
+from ..geometry import RoIPooling
 from .bins import Bins, Line, spans, starts
 from .parallel import team
-
-if TYPE_CHECKING:
-    from ..ops.pooling import Geometry
 
 _RUN = 16  # pixels in one running sum of float32: it loses 5e-7 at the most
 _BINS = 1 << 13  # located at a time, of some 500 bytes
@@ -35,7 +33,7 @@ _LISTED, _ENTRY = 100, 32  # bytes of a sample in an axis's list, of a pixel in 
 
 
 @np.errstate(all="ignore")  # NaN and infinity pass through, as in the kernels
-def forward(g: Geometry, out: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None) -> None:
+def forward(g: RoIPooling, out: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None) -> None:
     out[...] = 0  # bins without samples
     for image, chosen, cls in _classes(g, rois):
         pixels, means = _pixels(g, input, image, cls), _by_bin(g, out, cls)
@@ -43,14 +41,14 @@ def forward(g: Geometry, out: Any, input: Any, rois: Any, offset: Any = None, ma
             _each(partial(_pool, g, means, pixels, _by_class(g, mask, cls)), *_pieces(g, bins))
 
 
-def _pool(g: Geometry, means: Any, pixels: np.ndarray, mask: Any, bins: Bins) -> None:
-    sums = _total(part.sums(part.y.value, part.x.value, pixels) for part in _parts(g, bins))
+def _pool(g: RoIPooling, means: Any, pixels: np.ndarray, mask: Any, bins: Bins) -> None:
+    sums = _total(area.sums(area.y.value, area.x.value, pixels) for area in _areas(g, bins))
     means[bins.at] = sums * _factor(bins, mask)
 
 
 @np.errstate(all="ignore")
 def backward(
-    g: Geometry, grads: Any, grad_output: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None
+    g: RoIPooling, grads: Any, grad_output: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None
 ) -> None:
     grad_input, _, grad_offset, grad_mask = (*grads, None, None)[:4]
     for grad in grads:
@@ -63,7 +61,7 @@ def backward(
 
 
 def _backward_offset(
-    g: Geometry, grad_offset: Any, grad_mask: Any, grad_output: Any, input: Any, rois: Any, offset: Any, mask: Any
+    g: RoIPooling, grad_offset: Any, grad_mask: Any, grad_output: Any, input: Any, rois: Any, offset: Any, mask: Any
 ) -> None:
     for image, chosen, cls in _classes(g, rois):
         pixels, gradients = _pixels(g, input, image, cls), _by_bin(g, grad_output, cls)
@@ -83,21 +81,21 @@ def _backward_offset(
                 grad_offset[some, 2 * cls : 2 * cls + 2] = parts.swapaxes(0, 1)
 
 
-def _products(g: Geometry, pixels: np.ndarray, gradients: Any, value: bool, slopes: bool, bins: Bins) -> Any:
-    """Of each bin's gradient with the sums of its samples and of their slopes along y and x, those that are wanted."""
+def _products(g: RoIPooling, pixels: np.ndarray, gradients: Any, value: bool, slopes: bool, bins: Bins) -> Any:
+    """The products of each bin's gradient with the sums of its samples and of their slopes along y and x, if wanted."""
     gradient = gradients[bins.at].astype(np.float64)
 
-    def products(part: _Part) -> np.ndarray:
+    def products(area: _Area) -> np.ndarray:
         def dot(wanted: bool, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-            return np.einsum("qc,qc->q", part.sums(y, x, pixels), gradient) if wanted else np.zeros(len(bins))
+            return np.einsum("qc,qc->q", area.sums(y, x, pixels), gradient) if wanted else np.zeros(len(bins))
 
-        y, x = part.y, part.x
+        y, x = area.y, area.x
         return np.stack([dot(value, y.value, x.value), dot(slopes, y.slope, x.value), dot(slopes, y.value, x.slope)])
 
-    return _total(map(products, _parts(g, bins, slopes)))
+    return _total(map(products, _areas(g, bins, slopes)))
 
 
-def _backward_input(g: Geometry, grad_input: Any, grad_output: Any, rois: Any, offset: Any, mask: Any) -> None:
+def _backward_input(g: RoIPooling, grad_input: Any, grad_output: Any, rois: Any, offset: Any, mask: Any) -> None:
     """By strips of lines and channels, each summed in float64 over as many bins as are located at a time."""
     channels = max(1, min(g.out_channels // g.classes, _STRIP // (8 * g.width)))
     step, lines = max(1, _STRIP // (8 * g.width * channels)), math.prod(g.group_size) * g.height
@@ -117,7 +115,9 @@ def _backward_input(g: Geometry, grad_input: Any, grad_output: Any, rois: Any, o
             _copy(planes, total)
 
 
-def _scatter(g: Geometry, total: np.ndarray, gradients: Any, mask: Any, bins: Bins, strip: tuple[range, slice]) -> None:
+def _scatter(
+    g: RoIPooling, total: np.ndarray, gradients: Any, mask: Any, bins: Bins, strip: tuple[range, slice]
+) -> None:
     """Add to some lines of the image, those of all groups one after another, what the bins give them."""
     lines, channels = strip
     pieces, _ = _pieces(g, bins.of((bins.top < lines.stop) & (bins.bottom >= lines.start)))
@@ -126,8 +126,8 @@ def _scatter(g: Geometry, total: np.ndarray, gradients: Any, mask: Any, bins: Bi
     sums: Any = np.zeros((len(lines) * g.width, channels.stop - channels.start))
     for piece in pieces:
         gradient = gradients[piece.at][:, channels] * _factor(piece, mask)
-        for part in _parts(g, piece, lines=lines):
-            sums += part.shares(gradient, len(lines) * g.width)
+        for area in _areas(g, piece, lines=lines):
+            sums += area.shares(gradient, len(lines) * g.width)
     sums = sums.reshape(len(lines), g.width, -1)
     for group in range(lines.start // g.height, (lines.stop - 1) // g.height + 1):
         first = group * g.height
@@ -135,7 +135,7 @@ def _scatter(g: Geometry, total: np.ndarray, gradients: Any, mask: Any, bins: Bi
         total[group, start - first : stop - first, :, channels] += sums[start - lines.start : stop - lines.start]
 
 
-def _classes(g: Geometry, rois: Any) -> Iterator[tuple[int, np.ndarray, int]]:
+def _classes(g: RoIPooling, rois: Any) -> Iterator[tuple[int, np.ndarray, int]]:
     """Each image that has rois, which these are, and each class."""
     images = rois[:, 0].astype(np.float64)
     for row in np.flatnonzero(~((images >= 0) & (images < g.batch) & (images == np.floor(images)))):
@@ -148,20 +148,20 @@ def _classes(g: Geometry, rois: Any) -> Iterator[tuple[int, np.ndarray, int]]:
             yield int(images[chosen[0]]), chosen, cls
 
 
-def _groups(g: Geometry, chosen: np.ndarray) -> Iterator[np.ndarray]:
+def _groups(g: RoIPooling, chosen: np.ndarray) -> Iterator[np.ndarray]:
     """Rois of about as many bins, and parts, as are located at a time, or one that has more."""
     step = max(1, _BINS // max(math.prod(g.output_size), math.prod(g.part_size)))
     return (chosen[roi : roi + step] for roi in range(0, len(chosen), step))
 
 
-def _bins(g: Geometry, dtype: type, rois: Any, offset: Any, chosen: np.ndarray, cls: int) -> Iterator[Bins]:
+def _bins(g: RoIPooling, dtype: type, rois: Any, offset: Any, chosen: np.ndarray, cls: int) -> Iterator[Bins]:
     """Those of the `chosen` rois, some at a time."""
     count = len(chosen) * math.prod(g.output_size)
     for first in range(0, count, _BINS):
         yield Bins(g, dtype, rois, offset, chosen, cls, range(first, min(first + _BINS, count)))
 
 
-def _pieces(g: Geometry, bins: Bins) -> tuple[list[Bins], int]:
+def _pieces(g: RoIPooling, bins: Bins) -> tuple[list[Bins], int]:
     """Bins to work on together, a large one alone; and the bytes of all that work."""
     if not len(bins):
         return [], 0
@@ -172,35 +172,35 @@ def _pieces(g: Geometry, bins: Bins) -> tuple[list[Bins], int]:
     return [bins.of(slice(*edge)) for edge in pairwise(edges)], int(cost.sum())
 
 
-def _bytes(g: Geometry, pixels: Any) -> Any:
+def _bytes(g: RoIPooling, pixels: Any) -> Any:
     """That the sum over so many pixels takes: a matrix and the sums of runs."""
     return _ENTRY * pixels + 12 * (g.out_channels // g.classes) * (1 + pixels // _RUN)
 
 
-def _parts(g: Geometry, bins: Bins, slopes: bool = False, lines: range | None = None) -> Iterator[_Part]:
+def _areas(g: RoIPooling, bins: Bins, slopes: bool = False, lines: range | None = None) -> Iterator[_Area]:
     """The pixels of a piece's bins, of those in some lines of the image; those of a large bin in several parts."""
     axes = product(bins.y.cut(_CUT), bins.x.cut(_CUT)) if len(bins) == 1 else [(bins.y, bins.x)]
     for y_axis, x_axis in axes:
-        if g.bins == "Average":
+        if g.kind == "Average":
             y, x = y_axis.pixels(), x_axis.pixels()
         else:
             y, x = y_axis.cells(g.height, slopes), x_axis.cells(g.width, slopes)
         row, bin = np.arange(len(y.pixel)), np.repeat(np.arange(len(bins)), y.counts)
-        line = y.pixel + np.repeat(bins.group * g.height, y.counts)
+        line = y.pixel + np.repeat(bins.plane * g.height, y.counts)
         if lines is not None:
             mine = (line >= lines.start) & (line < lines.stop)
             row, bin, line = row[mine], bin[mine], line[mine] - lines.start
         step = _PIECE // _bytes(g, len(x.pixel)) + 1 if len(bins) == 1 else max(1, len(row))
         for first in range(0, len(row), step):
             some = slice(first, first + step)
-            yield _Part(y, x, bin[some], row[some], line[some] * g.width)
+            yield _Area(y, x, bin[some], row[some], line[some] * g.width)
 
 
-class _Part:
+class _Area:
     """The pixels of some rows of some bins: a matrix of what the sums over the bins have of them."""
 
     def __init__(self, y: Line, x: Line, bin: np.ndarray, row: np.ndarray, corner: np.ndarray) -> None:
-        """Of each row its `bin`, its place in `y`, and the pixel that it starts from."""
+        """For each row its `bin`, its place in `y`, and the pixel that it starts from."""
         self.y, self.x = y, x
         self._row, self._columns = row, x.counts[bin]
         self._entry, first = spans(starts(x.counts)[bin], self._columns)
@@ -240,7 +240,7 @@ def _runs(first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sum(numbers: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Of the rows from each `first` to the next."""
+    """Sums of the rows from each `first` to the next."""
     return _csr(np.ones(len(numbers), numbers.dtype), np.arange(len(numbers)), first, len(numbers)) @ numbers
 
 
@@ -267,13 +267,13 @@ def _each(work: Callable[[Any], None], items: Sequence[Any], size: int) -> None:
         pass
 
 
-def _by_bin(g: Geometry, output: Any, cls: int) -> Any:
+def _by_bin(g: RoIPooling, output: Any, cls: int) -> Any:
     """(R, PH, PW, C) of the class's channels, a view."""
     channels = g.out_channels // g.classes
     return output[:, cls * channels : (cls + 1) * channels].transpose(0, 2, 3, 1)
 
 
-def _by_class(g: Geometry, mask: Any, cls: int) -> Any:
+def _by_class(g: RoIPooling, mask: Any, cls: int) -> Any:
     """(R, PH, PW), a view."""
     return None if mask is None else mask.reshape(g.rois, g.classes, *g.output_size)[:, cls]
 
@@ -283,14 +283,14 @@ def _factor(bins: Bins, mask: Any) -> Any:
     return ((1.0 if mask is None else mask[bins.at].astype(np.float64)) / bins.divisor)[:, None]
 
 
-def _planes(g: Geometry, images: Any, image: int, cls: int) -> Any:
+def _planes(g: RoIPooling, images: Any, image: int, cls: int) -> Any:
     """(groups, H, W, C) of the class's channels, a view."""
     channels = g.out_channels // g.classes
     planes = images[image].reshape(g.out_channels, -1, g.height, g.width)
     return planes[cls * channels : (cls + 1) * channels].transpose(1, 2, 3, 0)
 
 
-def _pixels(g: Geometry, input: Any, image: int, cls: int) -> np.ndarray:
+def _pixels(g: RoIPooling, input: Any, image: int, cls: int) -> np.ndarray:
     """(groups * H * W, C), a copy unless they lie so."""
     planes, dtype = _planes(g, input, image, cls), arithmetic(input)
     if planes.dtype == dtype and planes.flags.c_contiguous:

@@ -171,7 +171,7 @@ class Sampler:
         return (Share((touched, some), (scatter @ vectors[:, some])[1:]) for some in channels)
 
     def products(self, pixels: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each row's vector with the values at its places, and with their modulated slopes along y and x.
+        """The products of each row's vector with the values at its places, and with their modulated slopes along y, x.
 
         Each (rows, points).
         """

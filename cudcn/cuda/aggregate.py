@@ -8,37 +8,35 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .. import dtypes, launch, sources
 from ..check import LARGEST
 from ..dtypes import arithmetic
+from ..geometry import Aggregation, Attention, ceil_div
 from ..launch import Kernel, address, ctype
-
-if TYPE_CHECKING:
-    from ..ops.aggregate import Geometry
 
 _THREADS = sources.constant("aggregate", "THREADS")
 _AGGREGATE = sources.Struct("aggregate", "Aggregate")
-_TAPS: dict[type, sources.Struct] = {
-    dtype: sources.Struct("aggregate", "Taps", A=dtype) for dtype in (np.float32, np.float64)
+_WINDOWS: dict[type, sources.Struct] = {
+    dtype: sources.Struct("aggregate", "Windows", A=dtype) for dtype in (np.float32, np.float64)
 }
-_LEVELS = sources.Struct("aggregate", "Levels")
+_ATTENTION = sources.Struct("aggregate", "Attention")
 
 
 def kernels() -> list[Kernel]:
     """Every instance that these operators can launch."""
     return [
         _kernel(name, data.ctype, places.ctype, source, vector)
-        for name, source in itertools.product(("forward", "backward"), ("Taps", "Levels"))
+        for name, source in itertools.product(("forward", "backward"), ("Windows", "Attention"))
         for data, places in dtypes.together(1)
         for vector in _vectors(data.size)
     ]
 
 
-def forward(g: Geometry, out: Any, *tensors: Any) -> None:
+def forward(g: Aggregation, out: Any, *tensors: Any) -> None:
     with launch.device(out) as device:
         call = _Call(g, device, tensors)
         target = call.target(out, out.dtype)
@@ -47,7 +45,7 @@ def forward(g: Geometry, out: Any, *tensors: Any) -> None:
             out[...] = target
 
 
-def backward(g: Geometry, grads: Any, grad_output: Any, *tensors: Any) -> None:
+def backward(g: Aggregation, grads: Any, grad_output: Any, *tensors: Any) -> None:
     with launch.device(grad_output) as device:
         call = _Call(g, device, tensors)
         wanted = [grads[0], *grads[-1 if g.packed else -2 :]]
@@ -66,7 +64,7 @@ def backward(g: Geometry, grads: Any, grad_output: Any, *tensors: Any) -> None:
 class _Call:
     """The tensors of one call as the kernels take them."""
 
-    def __init__(self, g: Geometry, device: Any, tensors: Any) -> None:
+    def __init__(self, g: Aggregation, device: Any, tensors: Any) -> None:
         xp = device.xp
         self.g, self.device = g, device
         image, *levels, places, weights = (*tensors, tensors[-1]) if g.packed else tensors
@@ -86,9 +84,9 @@ class _Call:
         g, image = self.g, self.image
         queries = g.batch * math.prod(g.queries)
         vector = self._vector([image, *inputs])
-        lanes = min(32, 1 << (-(-g.group_channels // vector) - 1).bit_length())
+        lanes = min(32, 1 << (ceil_div(g.group_channels, vector) - 1).bit_length())
         rows = _THREADS // lanes
-        grid = -(-queries // rows) * g.groups
+        grid = ceil_div(queries, rows) * g.groups
         image_vectors = g.pixels * g.groups * g.group_channels // vector
         if queries > LARGEST or grid > launch.LARGEST_GRID or image_vectors > LARGEST:
             raise ValueError(
@@ -96,7 +94,7 @@ class _Call:
                 f"blocks of threads, and one image must have fewer than 2**31 vectors of {vector} channels, "
                 f"got {queries}, {grid} and {image_vectors}"
             )
-        kernel = _kernel(name, ctype(image), ctype(self.places), g.source, vector)
+        kernel = _kernel(name, ctype(image), ctype(self.places), type(g).__name__, vector)
         self.device.launch(
             kernel, grid, (lanes, rows), *inputs, image, self.places, self.weights, *self.levels, *outputs,
             _source(g, arithmetic(image)), self._aggregate(),
@@ -136,12 +134,12 @@ def _vectors(itemsize: int) -> list[int]:
     return sorted({16 // itemsize, max(1, 4 // itemsize), 1}, reverse=True)
 
 
-def _source(g: Any, dtype: type) -> np.ndarray:
+def _source(g: Aggregation, dtype: type) -> np.ndarray:
     """What turns places into positions."""
-    if g.source == "Levels":
-        return _LEVELS(points=g.points, pixels=g.pixels)
+    if isinstance(g, Attention):
+        return _ATTENTION(points=g.points, pixels=g.pixels)
     with np.errstate(over="ignore"):  # a scale beyond float32 is infinite, as on the CPU
-        return _TAPS[dtype](
+        return _WINDOWS[dtype](
             scale=g.offset_scale, height=g.height, width=g.width, kernel_h=g.kernel[0],
             left_out=g.points // 2 if g.remove_center else g.points,
             stride_h=g.stride[0], stride_w=g.stride[1], top=g.padding[0], left=g.padding[1],

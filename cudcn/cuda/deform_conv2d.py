@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .. import launch, sources
 from ..dtypes import DTYPES, arithmetic
+from ..geometry import Convolution, ceil_div
 from ..launch import Kernel, address, strides
-
-if TYPE_CHECKING:
-    from ..ops.deform_conv2d import Geometry
 
 _THREADS = sources.constant("tile.cuh", "THREADS")
 _ROWS = sources.constant("deform_conv2d.cuh", "ROWS")
@@ -53,7 +51,7 @@ def kernels() -> list[Kernel]:
     return found + [_pixel_sums(*pair) for t in DTYPES for pair in {(t, "float64"), ("float64", t)}]
 
 
-def forward(g: Geometry, out: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> None:
+def forward(g: Convolution, out: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> None:
     out, input, offset, mask = g.nchw(out, input, offset, mask)
     with launch.device(out) as device:
         call = _Call(g, device, input, offset, mask)
@@ -64,7 +62,7 @@ def forward(g: Geometry, out: Any, input: Any, offset: Any, weight: Any, bias: A
 
 
 def backward(
-    g: Geometry, grads: Any, grad_output: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any
+    g: Convolution, grads: Any, grad_output: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any
 ) -> None:
     grad_input, grad_offset, grad_weight, grad_bias, grad_mask = grads
     grad_input, grad_offset, grad_mask = g.nchw(grad_input, grad_offset, grad_mask)
@@ -96,7 +94,7 @@ class _Rows:
 
     def __init__(self, device: Any, parts: int, part: int, itemsize: int) -> None:
         self.device, self.parts, self.part = device, parts, part
-        self.depth = -(-part // (16 // itemsize)) * (16 // itemsize)
+        self.depth = ceil_div(part, 16 // itemsize) * (16 // itemsize)
 
     def are(self, images: Any, dtype: Any) -> bool:
         """Whether (n, C, H, W) images are packed as they are."""
@@ -119,7 +117,7 @@ class _Rows:
             return images
         packed = self.empty(images, images.dtype)
         n, _, height, width = images.shape
-        grid = -(-n * height * width // 32) * -(-self.parts * self.depth // 32)
+        grid = ceil_div(n * height * width, 32) * ceil_div(self.parts * self.depth, 32)
         packing = _PACKING(images=n, height=height, width=width, part=self.part, depth=self.depth, parts=self.parts)
         kernel = _kernel("pack", str(images.dtype))
         self.device.launch(kernel, grid, (32, _THREADS // 32), images, strides(images), packed, packing)
@@ -129,7 +127,7 @@ class _Rows:
 class _Call:
     """How one call is cut into tiles, and its launches."""
 
-    def __init__(self, g: Geometry, device: Any, input: Any, offset: Any, mask: Any) -> None:
+    def __init__(self, g: Convolution, device: Any, input: Any, offset: Any, mask: Any) -> None:
         self.g, self.device = g, device
         self.dtype, self.sums = str(input.dtype), arithmetic(input)
         self.offset, self.mask = offset, mask
@@ -179,12 +177,12 @@ class _Call:
         `of_input` adds what its gradient takes.
         """
         g, largest = self.g, launch.LARGEST_GRID // 2  # a slice's last tile may be nearly empty
-        blocks = max(self.bundles * self._out_tiles(64), g.offset_groups * g.taps) * -(-g.out_pixels // _ROWS)
+        blocks = max(self.bundles * self._out_tiles(64), g.offset_groups * g.taps) * ceil_div(g.out_pixels, _ROWS)
         pixels = g.out_pixels
         if of_input:
             image_bytes += sum(size * np.dtype(dtype).itemsize for size, dtype in self._sorted().values())
             pixels = max(pixels, (g.height + 1) * (g.width + 1))
-            blocks = max(blocks, self.input_rows.parts * -(-self.input_rows.part // 64) * -(-pixels // _ROWS))
+            blocks = max(blocks, self.input_rows.parts * ceil_div(self.input_rows.part, 64) * ceil_div(pixels, _ROWS))
         if max(blocks, pixels) > largest:
             raise ValueError(
                 f"deform_conv2d: on CUDA one image must have fewer than 2**30 pixels, and take fewer than 2**30 blocks "
@@ -227,13 +225,13 @@ class _Call:
     def backward_input(self, images: slice, grad_output: Any, turned: Any, grad_input: Any) -> None:
         g, device, count = self.g, self.device, images.stop - images.start
         lists = [device.empty((count * size,), dtype) for size, dtype in self._sorted().values()]
-        threads = min(_SORTERS, -(-g.out_pixels // 32) * 32)
+        threads = min(_SORTERS, ceil_div(g.out_pixels, 32) * 32)
         segments, convolution = count * g.offset_groups * g.taps, self._convolution(images)
         device.launch(_kernel("sort", self.dtype), segments, (threads, 1), *self._places(images), *lists, convolution)
         starts, _, _, records = lists
         outs = self._tile(self.input_rows.part, g.taps * self.output_rows.depth)
-        tiles = self.input_rows.parts * (-(-self.input_rows.part // outs) if outs else 1)
-        grid = -(-count * g.height * g.width // _ROWS) * tiles
+        tiles = self.input_rows.parts * (ceil_div(self.input_rows.part, outs) if outs else 1)
+        grid = ceil_div(count * g.height * g.width, _ROWS) * tiles
         kernel = _kernel("backward_input", self.dtype, outs)
         arguments = grad_output, starts, records, turned, grad_input, strides(grad_input)
         overflows = device.empty((grid,), np.int32) if self.dtype == "float16" else None
@@ -248,15 +246,15 @@ class _Call:
         columns = self.group_channels if self.grouped else self.input_rows.part
         tiles = self.input_rows.parts * g.taps
         if not self.grouped:
-            tiles *= self._out_tiles(_WEIGHT_OUTS) * -(-columns // _WEIGHT_CHANNELS)
+            tiles *= self._out_tiles(_WEIGHT_OUTS) * ceil_div(columns, _WEIGHT_CHANNELS)
         splits = max(1, _BLOCKS // tiles)
-        run = min(_RUN, -(-pixels // (splits * _ROWS)) * _ROWS)
+        run = min(_RUN, ceil_div(pixels, splits * _ROWS) * _ROWS)
         most = max(1, launch.WORKSPACE // (grad_weight.size * np.dtype(self.sums).itemsize))
-        most = min(most, launch.LARGEST_GRID // tiles, -(-pixels // run))
+        most = min(most, launch.LARGEST_GRID // tiles, ceil_div(pixels, run))
         partial = self.device.empty((most, grad_weight.size), self.sums)
         for first in range(0, pixels, most * run):
             end = min(pixels, first + most * run)
-            splits = -(-(end - first) // run)
+            splits = ceil_div(end - first, run)
             self.device.launch(
                 _kernel("backward_weight", self.dtype, self.grouped), splits * tiles, (_THREADS, 1), *rows,
                 *self._places(images), partial, self._convolution(images), _SPLITS(first=first, end=end, run=run),
@@ -267,19 +265,19 @@ class _Call:
                 is_first=images.start == first == 0, is_last=images.stop == g.batch and end == pixels,
             )  # fmt: skip
             self.device.launch(
-                _kernel("add_splits", self.dtype), -(-grad_weight.size // _THREADS), (_THREADS, 1), partial, totals,
+                _kernel("add_splits", self.dtype), ceil_div(grad_weight.size, _THREADS), (_THREADS, 1), partial, totals,
                 grad_weight, strides(grad_weight), weights,
             )  # fmt: skip
 
     def _pixel_tiles(self, images: slice) -> int:
-        return -(-(images.stop - images.start) * self.g.out_pixels // _ROWS)
+        return ceil_div((images.stop - images.start) * self.g.out_pixels, _ROWS)
 
     def _tile(self, outs: int, products: int) -> int:
         """How many of these outs, each a sum of so many products, a tile has; 0 where groups are small."""
         return 0 if self.grouped else _outs(self.dtype)[-1] if outs > 64 and products <= _LONG else 64
 
     def _out_tiles(self, outs: int) -> int:
-        return -(-self.bundle_outs // outs)
+        return ceil_div(self.bundle_outs, outs)
 
     def _places(self, images: slice) -> tuple[Any, ...]:
         offset = self.offset[images]
@@ -319,14 +317,14 @@ def _sum_pixels(device: Any, images: Any, sums: Any) -> None:
     last = images.strides[1] == images.itemsize
     by_channel, by_pixel = (32, _THREADS // 32), (1, _THREADS)  # threads along channels, and along pixels
     block = by_channel if last else by_pixel
-    tiles = -(-n * height * width // (_SUMMANDS * block[1]))
+    tiles = ceil_div(n * height * width, _SUMMANDS * block[1])
     partial = device.empty((tiles, channels), np.float64)
 
     def add(images: Any, summands: int, block: tuple[int, int], tiles: int, sums: Any) -> None:
         n, channels, height, width = images.shape
         pixels = _PIXELS(images=n, channels=channels, height=height, width=width, summands=summands)
         kernel = _pixel_sums(str(images.dtype), str(sums.dtype))
-        device.launch(kernel, tiles * -(-channels // block[0]), block, images, strides(images), sums, pixels)
+        device.launch(kernel, tiles * ceil_div(channels, block[0]), block, images, strides(images), sums, pixels)
 
     add(images, _SUMMANDS, block, tiles, partial)
     add(partial.T[None, :, None], tiles, by_channel, 1, sums)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .. import launch, sources
 from ..dtypes import DTYPES, arithmetic
+from ..geometry import RoIPooling, ceil_div
 from ..launch import Kernel, ctype, strides
 
-if TYPE_CHECKING:
-    from ..ops.pooling import Geometry
-
 _THREADS = 256
-_SLAB = 32  # bytes of sums in one thread
+_SLAB = sources.constant("pooling", "SLAB_BYTES")
 _LANES = 8  # threads that share a bin's channels, where neighbouring ones are on neighbouring bins
 _POOLING = sources.Struct("pooling", "Pooling")
 
@@ -29,15 +27,15 @@ def kernels() -> list[Kernel]:
     return [_kernel(name, dtype.ctype, kind) for (name, kind), dtype in itertools.product(names, DTYPES.values())]
 
 
-def forward(g: Geometry, out: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None) -> None:
+def forward(g: RoIPooling, out: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None) -> None:
     with launch.device(out) as device:
         shifts = _fine(device, input, rois, offset, mask)
-        last = _channels_last(g, input)
-        _launch(device, g, "pool", input, last, 1, input, strides(input), *shifts, out, strides(out))
+        channels_last = _channels_last(g, input)
+        _launch(device, g, "pool", input, channels_last, 1, input, strides(input), *shifts, out, strides(out))
 
 
 def backward(
-    g: Geometry, grads: Any, grad_output: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None
+    g: RoIPooling, grads: Any, grad_output: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None
 ) -> None:
     grad_input, _, grad_offset, grad_mask = (*grads, None, None)[:4]
     with launch.device(grad_output) as device:
@@ -46,17 +44,17 @@ def backward(
         if grad_input is not None:
             sums = _input_sums(device, g, grad_input)
             sums[...] = 0
-            last = _channels_last(g, sums)
-            _launch(device, g, "pool_backward_input", input, last, 1, *gradient, *shifts, sums, strides(sums))
+            channels_last = _channels_last(g, sums)
+            _launch(device, g, "pool_backward_input", input, channels_last, 1, *gradient, *shifts, sums, strides(sums))
             if sums is not grad_input:
                 grad_input[...] = sums
         if grad_offset is not None or grad_mask is not None:
             bins = (g.rois, 2 * g.classes, *g.output_size)
             offset_sums = None if grad_offset is None else _sums(device, input, grad_offset, bins)
             mask_sums = None if grad_mask is None else _sums(device, input, grad_mask, grad_mask.shape)
-            last = _channels_last(g, input)
+            channels_last = _channels_last(g, input)
             _launch(
-                device, g, "pool_backward_offset", input, last, _LANES,
+                device, g, "pool_backward_offset", input, channels_last, _LANES,
                 *gradient, input, strides(input), *shifts, offset_sums, mask_sums,
             )  # fmt: skip
             if grad_offset is not offset_sums:
@@ -71,13 +69,13 @@ def _fine(device: Any, input: Any, *tensors: Any) -> list[Any]:
     return [None if t is None else device.xp.ascontiguousarray(t, dtype) for t in tensors]
 
 
-def _channels_last(g: Geometry, image: Any) -> bool:
+def _channels_last(g: RoIPooling, image: Any) -> bool:
     """Whether neighbouring threads go to neighbouring channels; those of a bin are no neighbours if it has a group."""
     return g.group_size == (1, 1) and g.channels > 1 and image.strides[1] == image.itemsize
 
 
-def _input_sums(device: Any, g: Geometry, grad: Any) -> Any:
-    """Where atomics sum the input's gradient, in float64: with the channels last, unless bins have groups."""
+def _input_sums(device: Any, g: RoIPooling, grad: Any) -> Any:
+    """Where atomics sum the input's gradient, in float64: with the channels channels_last, unless bins have groups."""
     if grad.dtype == np.float64 and (_channels_last(g, grad) or g.group_size != (1, 1) or g.channels == 1):
         return grad
     if g.group_size != (1, 1):
@@ -94,7 +92,7 @@ def _sums(device: Any, input: Any, grad: Any, shape: tuple[int, ...]) -> Any:
     return device.empty(shape, dtype)
 
 
-def _by_part(device: Any, g: Geometry, bins: Any) -> Any:
+def _by_part(device: Any, g: RoIPooling, bins: Any) -> Any:
     """The sums over each part's bins, in float64 and always in one order."""
     if g.part_size == g.output_size:
         return bins
@@ -107,26 +105,26 @@ def _by_part(device: Any, g: Geometry, bins: Any) -> Any:
     return parts
 
 
-def _launch(device: Any, g: Geometry, name: str, input: Any, last: bool, lanes: int, *args: Any) -> None:
+def _launch(device: Any, g: RoIPooling, name: str, input: Any, channels_last: bool, lanes: int, *args: Any) -> None:
     """`lanes`: how many threads take turns at a bin's channels if they are planar; 1 if blocks share them out."""
     channels = g.out_channels // g.classes
     slab = _SLAB // np.dtype(arithmetic(input)).itemsize if lanes == 1 else channels
-    lanes = min(32 if last else lanes, 1 << (channels - 1).bit_length())
+    lanes = min(32 if channels_last else lanes, 1 << (channels - 1).bit_length())
     bins = _THREADS // lanes
-    slabs = -(-channels // (lanes * slab))
-    tiles = -(-g.rois * math.prod(g.output_size) // bins)
+    slabs = ceil_div(channels, lanes * slab)
+    tiles = ceil_div(g.rois * math.prod(g.output_size), bins)
     grid = tiles * slabs * g.classes
     if grid > launch.LARGEST_GRID:
         raise ValueError(f"{g.name}: {g.rois} rois need {grid} blocks of threads, CUDA takes {launch.LARGEST_GRID}")
     pooling = _POOLING(
-        spatial_scale=g.spatial_scale, offset_scale=g.offset_scale,
+        spatial_scale=g.spatial_scale, offset_unit=g.offset_unit,
         images=g.batch, height=g.height, width=g.width, rois=g.rois,
         rows=g.output_size[0], columns=g.output_size[1], group_rows=g.group_size[0], group_columns=g.group_size[1],
         part_rows=g.part_size[0], part_columns=g.part_size[1], classes=g.classes, class_channels=channels,
-        samples=g.samples, channels_last=last, tiles=tiles, slabs=slabs,
+        samples=g.samples, channels_last=channels_last, tiles=tiles, slabs=slabs,
     )  # fmt: skip
-    block = (lanes, bins) if last else (bins, lanes)
-    kernel = _kernel(name, ctype(input), g.bins)
+    block = (lanes, bins) if channels_last else (bins, lanes)
+    kernel = _kernel(name, ctype(input), g.kind)
     device.launch(kernel, grid, block, *args, pooling)
 
 

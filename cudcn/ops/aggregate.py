@@ -1,106 +1,11 @@
-"""What dcnv3, dcnv4 and ms_deform_attn have in common, and the two kinds of geometry that make them differ.
-
-Every output is a sum of weighted samples of its own group's channels::
-
-    out[n, q, g] = sum over l, s of weight[n, q, g, l, s] * bilinear(image[n, level l, g], origin + scale * place)
-
-where `place` is what the caller gives: an offset of `Windows`, a location of `Attention`. Queries have two axes here,
-levels one, so that one piece of code takes all three operators.
-"""
+"""What dcnv3 and dcnv4 share: their attributes, and the rules of their input."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from .. import check
-from ..op import Spec
-
-
-class Level(NamedTuple):
-    """An image that is sampled: its first pixel, and its size."""
-
-    first: int
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Windows:
-    """dcnv3 and dcnv4: a query is an output pixel, its samples are the taps of a window around it."""
-
-    name: str
-    batch: int
-    height: int
-    width: int
-    queries: tuple[int, int]  # the output's height and width
-    groups: int
-    group_channels: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]  # top, left
-    dilation: tuple[int, int]
-    offset_scale: float
-    remove_center: bool
-    packed: bool  # offsets and weights in one tensor
-    softmax: bool
-    output: Spec
-    source: ClassVar[str] = "Taps"  # of the kernels
-
-    @property
-    def levels(self) -> int:
-        return 1
-
-    @property
-    def points(self) -> int:
-        return self.kernel[0] * self.kernel[1] - self.remove_center
-
-    @property
-    def pixels(self) -> int:
-        return self.height * self.width
-
-    @property
-    def center(self) -> tuple[int, int]:
-        """From the window's first tap to the middle that offsets are scaled about; rounded down."""
-        return self.dilation[0] * (self.kernel[0] - 1) // 2, self.dilation[1] * (self.kernel[1] - 1) // 2
-
-    def parts(self, input: Any, offset: Any, mask: Any = None) -> tuple[Any, Any, Any]:
-        """Views of the image (N, H, W, G, D), the places (N, *queries, G, 1, P, 2) and their weights (..., 1, P)."""
-        group = (self.groups, 1)
-        if offset is not None and self.packed:
-            per_group = offset[..., : self.groups * self.points * 3].reshape(*offset.shape[:3], *group, -1)
-            offset, mask = per_group[..., : 2 * self.points], per_group[..., 2 * self.points :]
-        return (
-            None if input is None else self.by_group(input),
-            None if offset is None else offset.reshape(*offset.shape[:3], *group, self.points, 2),
-            None if mask is None else mask.reshape(*mask.shape[:3], *group, self.points),
-        )
-
-    def by_group(self, image: Any) -> Any:
-        return image.reshape(*image.shape[:3], self.groups, self.group_channels)
-
-    def unused(self, input: Any, offset: Any, *_: Any) -> Any:
-        """The channels of dcnv4's packed tensor that hold nothing; None if there are none."""
-        return offset[..., self.groups * self.points * 3 :] if self.packed and offset is not None else None
-
-    def images(self, input: np.ndarray, *_: np.ndarray) -> list[Level]:
-        return [Level(0, self.height, self.width)]
-
-    def origin(self, axis: int, queries: slice, points: slice, dtype: type) -> Any:
-        """Where samples lie with offsets of 0, y (axis 0) or x of them, broadcasting to (*queries, G, P)."""
-        tap = np.arange(self.points + self.remove_center)
-        if self.remove_center:
-            tap = np.delete(tap, self.points // 2)
-        tap = np.divmod(tap[points], self.kernel[0])[1 - axis] * self.dilation[axis] - self.center[axis]
-        query = np.arange(queries.start, queries.stop)
-        middle: np.ndarray = (query * self.stride[axis] - self.padding[axis] + self.center[axis]).astype(dtype)
-        around = tap.astype(dtype) * dtype(self.offset_scale)
-        return middle.reshape((-1, 1, 1, 1) if axis == 0 else (-1, 1, 1)) + around
-
-    def scale(self, level: Level) -> tuple[float, float]:
-        return self.offset_scale, self.offset_scale
+from ..geometry import Spec, Windows
 
 
 def canonical(
@@ -160,54 +65,8 @@ def windows(
     check.pixels(name, "an input image", height * width)
     check.pixels(name, "an output image", queries[0] * queries[1])
     return Windows(
-        name, batch, height, width, queries, group, channels // group, kernel_size, stride, (top, left), dilation,
-        offset_scale, remove_center, packed, softmax, Spec((batch, *queries, channels), input.dtype),
+        name=name, batch=batch, height=height, width=width, queries=queries, groups=group,
+        group_channels=channels // group, kernel=kernel_size, stride=stride, padding=(top, left), dilation=dilation,
+        offset_scale=offset_scale, remove_center=remove_center, packed=packed, softmax=softmax,
+        output=Spec((batch, *queries, channels), input.dtype),
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Attention:
-    """ms_deform_attn: samples lie anywhere in the images of all levels."""
-
-    name: str
-    batch: int
-    pixels: int  # of all levels
-    queries: tuple[int, int]  # the second is 1
-    groups: int  # heads
-    group_channels: int
-    levels: int
-    points: int  # of one level
-    softmax: bool
-    output: Spec
-    packed: ClassVar[bool] = False
-    source: ClassVar[str] = "Levels"  # of the kernels
-
-    def parts(self, value: Any, shapes: Any, starts: Any, locations: Any, weights: Any) -> tuple[Any, Any, Any]:
-        """Views of the images (N, pixels, G, D), the places (N, *queries, G, L, P, 2) and their weights (..., L, P)."""
-        return value, *(None if part is None else part[:, :, None] for part in (locations, weights))
-
-    def by_group(self, output: Any) -> Any:
-        return output.reshape(*output.shape[:2], 1, self.groups, self.group_channels)
-
-    def unused(self, *_: Any) -> Any:
-        return None
-
-    def images(self, value: np.ndarray, shapes: np.ndarray, starts: np.ndarray, *_: np.ndarray) -> list[Level]:
-        levels = [Level(int(first), int(h), int(w)) for first, (h, w) in zip(starts, shapes, strict=True)]
-        for first, height, width in levels:
-            if min(height, width) < 1 or first < 0 or first + height * width > self.pixels:
-                raise ValueError(
-                    f"{self.name}: each level must have a pixel and lie inside value's {self.pixels}, "
-                    f"got spatial_shapes {shapes.tolist()} and level_start_index {starts.tolist()}"
-                )
-        return levels
-
-    def origin(self, axis: int, queries: slice, points: slice, dtype: type) -> Any:
-        """Locations begin at the upper left edge of the first pixel, half a pixel before its centre."""
-        return dtype(-0.5)
-
-    def scale(self, level: Level) -> tuple[float, float]:
-        return level.height, level.width
-
-
-Geometry = Windows | Attention

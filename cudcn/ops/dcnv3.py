@@ -8,8 +8,9 @@ from .. import check
 from ..check import Padding, Pair
 from ..cpu import aggregate as cpu
 from ..cuda import aggregate as cuda
+from ..geometry import Windows
 from ..op import Op
-from .aggregate import Windows, canonical, windows
+from .aggregate import canonical, windows
 
 
 def dcnv3(
@@ -127,7 +128,7 @@ def _canonical(**attributes: Any) -> dict[str, Any]:
     return canonical("dcnv3", **attributes)
 
 
-def _plan(specs: tuple[Any, ...], **attributes: Any) -> Windows:
+def _geometry(specs: tuple[Any, ...], **attributes: Any) -> Windows:
     name = "dcnv3"
     input, offset, mask = specs
     geometry = windows(name, input, **attributes, packed=False)
@@ -139,4 +140,4 @@ def _plan(specs: tuple[Any, ...], **attributes: Any) -> Windows:
     return geometry
 
 
-OP = Op(dcnv3, dcnv3_backward, DCNv3Gradients, _canonical, _plan, cpu, cuda, fine=("offset", "mask"))
+OP = Op(dcnv3, dcnv3_backward, DCNv3Gradients, _canonical, _geometry, cpu, cuda, may_be_float32=("offset", "mask"))

@@ -8,8 +8,9 @@ from .. import check
 from ..check import Padding, Pair
 from ..cpu import aggregate as cpu
 from ..cuda import aggregate as cuda
+from ..geometry import Windows, ceil_div
 from ..op import Op
-from .aggregate import Windows, canonical, windows
+from .aggregate import canonical, windows
 
 _MULTIPLE = 8  # of the packed tensor's channels
 
@@ -109,15 +110,15 @@ def _canonical(**attributes: Any) -> dict[str, Any]:
     return canonical("dcnv4", **attributes)
 
 
-def _plan(specs: tuple[Any, ...], **attributes: Any) -> Windows:
+def _geometry(specs: tuple[Any, ...], **attributes: Any) -> Windows:
     name = "dcnv4"
     input, offset_mask = specs
     geometry = windows(name, input, **attributes, packed=True)
     check.same_dtype(name, "offset_mask", offset_mask, input.dtype, or_float32=True)
-    channels = -(-geometry.groups * geometry.points * 3 // _MULTIPLE) * _MULTIPLE
+    channels = ceil_div(geometry.groups * geometry.points * 3, _MULTIPLE) * _MULTIPLE
     axes = "(N, H_out, W_out, group * P * 3 rounded up to a multiple of 8)"
     check.shape(name, "offset_mask", offset_mask, axes, (geometry.batch, *geometry.queries, channels))
     return geometry
 
 
-OP = Op(dcnv4, dcnv4_backward, DCNv4Gradients, _canonical, _plan, cpu, cuda, fine=("offset_mask",))
+OP = Op(dcnv4, dcnv4_backward, DCNv4Gradients, _canonical, _geometry, cpu, cuda, may_be_float32=("offset_mask",))

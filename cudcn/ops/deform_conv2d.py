@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .. import check
 from ..check import Padding, Pair
 from ..cpu import deform_conv2d as cpu
 from ..cuda import deform_conv2d as cuda
-from ..op import Op, Spec
+from ..geometry import Convolution, Spec
+from ..op import Op
 
 
 def deform_conv2d(
@@ -112,40 +112,6 @@ def deform_conv2d_backward(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """All sizes of one call, whatever the layout. `padding` is (top, left)."""
-
-    batch: int
-    channels: int
-    height: int
-    width: int
-    out_channels: int
-    out_height: int
-    out_width: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    offset_groups: int
-    layout: str
-    output: Spec
-
-    @property
-    def taps(self) -> int:
-        return self.kernel[0] * self.kernel[1]
-
-    @property
-    def out_pixels(self) -> int:
-        return self.out_height * self.out_width
-
-    def nchw(self, *images: Any) -> list[Any]:
-        """(N, C, H, W) views of images in the call's layout: the code below this file knows no other."""
-        order = tuple(self.layout.index(axis) for axis in "NCHW")
-        return [None if image is None else image.transpose(order) for image in images]
-
-
 def _canonical(*, stride: Any, padding: Any, dilation: Any, layout: Any) -> dict[str, Any]:
     name = "deform_conv2d"
     return {
@@ -156,14 +122,14 @@ def _canonical(*, stride: Any, padding: Any, dilation: Any, layout: Any) -> dict
     }
 
 
-def _plan(
+def _geometry(
     specs: tuple[Any, ...],
     *,
     stride: tuple[int, int],
     padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
     layout: str,
-) -> Geometry:
+) -> Convolution:
     name = "deform_conv2d"
     input, offset, weight, bias, mask = specs
     axes = "(N, C, H, W)" if layout == "NCHW" else "(N, H, W, C)"
@@ -214,10 +180,11 @@ def _plan(
         mask_channels = offset_channels // 2
         check.same_dtype(name, "mask", mask, input.dtype, or_float32=True)
         check.shape(name, "mask", mask, places.replace("C", str(mask_channels)), image(mask_channels))
-    return Geometry(
-        batch, channels, height, width, out_channels, out_height, out_width,
-        (kh, kw), stride, (top, left), dilation,
-        channels // group_channels, offset_groups, layout, Spec(image(out_channels), input.dtype),
+    return Convolution(
+        batch=batch, channels=channels, height=height, width=width, out_channels=out_channels, out_height=out_height,
+        out_width=out_width, kernel=(kh, kw), stride=stride, padding=(top, left), dilation=dilation,
+        groups=channels // group_channels, offset_groups=offset_groups, layout=layout,
+        output=Spec(image(out_channels), input.dtype),
     )  # fmt: skip
 
 
@@ -230,8 +197,8 @@ OP = Op(
     deform_conv2d_backward,
     DeformConv2dGradients,
     _canonical,
-    _plan,
+    _geometry,
     cpu,
     cuda,
-    fine=("offset", "mask"),
+    may_be_float32=("offset", "mask"),
 )

@@ -8,6 +8,7 @@ from .. import check
 from ..check import Pair
 from ..cpu import pooling as cpu
 from ..cuda import pooling as cuda
+from ..geometry import RoIPooling
 from ..op import Op
 from . import pooling
 
@@ -151,7 +152,7 @@ def _canonical(
     }
 
 
-def _plan(
+def _geometry(
     specs: tuple[Any, ...],
     *,
     output_size: tuple[int, int],
@@ -160,7 +161,7 @@ def _plan(
     sample_per_part: int,
     trans_std: float,
     spatial_scale: float,
-) -> pooling.Geometry:
+) -> RoIPooling:
     name = "deform_psroi_pool"
     input, rois, offset, mask = specs
     classes = 1
@@ -170,10 +171,10 @@ def _plan(
     elif mask is not None:
         check.rank(name, "mask", mask, "(R, classes, PH, PW)")
         classes = mask.shape[1]
-    g = pooling.plan(
+    g = pooling.geometry(
         name, "DeformPSRoI", input, rois,
         output_size=output_size, group_size=group_size, part_size=part_size, classes=classes,
-        samples=sample_per_part, spatial_scale=spatial_scale, offset_scale=trans_std,
+        samples=sample_per_part, spatial_scale=spatial_scale, offset_unit=trans_std,
     )  # fmt: skip
     parts, bins = (g.rois, 2 * classes, *part_size), (g.rois, classes, *output_size)
     pooling.check_fine(name, "offset", offset, input.dtype, "(R, 2 * classes, Ph, Pw)", parts)
@@ -186,9 +187,9 @@ OP = Op(
     deform_psroi_pool_backward,
     DeformPSRoiPoolGradients,
     _canonical,
-    _plan,
+    _geometry,
     cpu,
     cuda,
-    fine=("rois", "offset", "mask"),
-    constants=("rois",),
+    may_be_float32=("rois", "offset", "mask"),
+    non_differentiable=("rois",),
 )

@@ -8,6 +8,7 @@ from .. import check
 from ..check import Pair
 from ..cpu import pooling as cpu
 from ..cuda import pooling as cuda
+from ..geometry import RoIPooling
 from ..op import Op
 from . import pooling
 
@@ -126,14 +127,14 @@ def _canonical(*, output_size: Any, spatial_scale: Any, sampling_ratio: Any, gam
     }
 
 
-def _plan(
+def _geometry(
     specs: tuple[Any, ...], *, output_size: tuple[int, int], spatial_scale: float, sampling_ratio: int, gamma: float
-) -> pooling.Geometry:
+) -> RoIPooling:
     name = "deform_roi_pool"
     input, rois, offset, mask = specs
-    g = pooling.plan(
+    g = pooling.geometry(
         name, "DeformRoI", input, rois,
-        output_size=output_size, spatial_scale=spatial_scale, samples=sampling_ratio, offset_scale=gamma,
+        output_size=output_size, spatial_scale=spatial_scale, samples=sampling_ratio, offset_unit=gamma,
     )  # fmt: skip
     pooling.check_fine(name, "offset", offset, input.dtype, "(R, 2, PH, PW)", (g.rois, 2, *output_size))
     pooling.check_fine(name, "mask", mask, input.dtype, "(R, PH, PW)", (g.rois, *output_size))
@@ -145,9 +146,9 @@ OP = Op(
     deform_roi_pool_backward,
     DeformRoiPoolGradients,
     _canonical,
-    _plan,
+    _geometry,
     cpu,
     cuda,
-    fine=("rois", "offset", "mask"),
-    constants=("rois",),
+    may_be_float32=("rois", "offset", "mask"),
+    non_differentiable=("rois",),
 )

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from .. import check
 from ..cpu import aggregate as cpu
 from ..cuda import aggregate as cuda
-from ..op import Op, Spec
-from .aggregate import Attention
+from ..geometry import Attention, Spec
+from ..op import Op
 
 
 def ms_deform_attn(
@@ -103,7 +103,7 @@ def _canonical(*, softmax: Any) -> dict[str, Any]:
     return {"softmax": check.flag("ms_deform_attn", "softmax", softmax)}
 
 
-def _plan(specs: tuple[Any, ...], *, softmax: bool) -> Attention:
+def _geometry(specs: tuple[Any, ...], *, softmax: bool) -> Attention:
     name = "ms_deform_attn"
     value, spatial_shapes, level_start_index, sampling_locations, attention_weights = specs
     check.rank(name, "value", value, "(N, S, M, D)")
@@ -131,8 +131,9 @@ def _plan(specs: tuple[Any, ...], *, softmax: bool) -> Attention:
         check.same_dtype(name, tensor, spec, value.dtype, like="value", or_float32=True)
         check.shape(name, tensor, spec, axes, shape)
     return Attention(
-        name, batch, pixels, (queries, 1), heads, channels, levels, points, softmax,
-        Spec((batch, queries, heads * channels), value.dtype),
+        name=name, batch=batch, pixels=pixels, queries=(queries, 1), groups=heads, group_channels=channels,
+        levels=levels, points=points, softmax=softmax,
+        output=Spec((batch, queries, heads * channels), value.dtype),
     )  # fmt: skip
 
 
@@ -141,9 +142,9 @@ OP = Op(
     ms_deform_attn_backward,
     MSDeformAttnGradients,
     _canonical,
-    _plan,
+    _geometry,
     cpu,
     cuda,
-    fine=("sampling_locations", "attention_weights"),
-    constants=("spatial_shapes", "level_start_index"),
+    may_be_float32=("sampling_locations", "attention_weights"),
+    non_differentiable=("spatial_shapes", "level_start_index"),
 )

@@ -1,50 +1,17 @@
-"""What the RoI pooling operators share: the sizes of a call and the rules of its tensors."""
+"""What the RoI pooling operators share: the rules of their tensors."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from .. import check
-from ..op import Spec
+from ..geometry import MOST, RoIPooling, Spec
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """All sizes of one call; pairs are (h, w).
-
-    Output channel c is of class c // (out_channels // classes). In a bin of group (gh, gw) it is the mean of input
-    channel (c * Gh + gh) * Gw + gw.
-    """
-
-    # Pixels along a side, samples along an axis of a bin: so far float32 has all whole numbers and the halves between.
-    MOST: ClassVar[int] = 2**23
-
-    name: str  # of the operator
-    bins: str  # where a bin's samples lie: "Average", "DeformRoI" or "DeformPSRoI"
-    batch: int
-    channels: int
-    height: int
-    width: int
-    rois: int
-    output_size: tuple[int, int]
-    group_size: tuple[int, int]
-    part_size: tuple[int, int]
-    classes: int
-    samples: int  # along each axis of a bin; 0 for as many as it has pixels
-    spatial_scale: float
-    offset_scale: float  # an offset of 1 moves a bin by so many roi sizes
-    output: Spec
-
-    @property
-    def out_channels(self) -> int:
-        return self.channels // (self.group_size[0] * self.group_size[1])
-
-
-def plan(
+def geometry(
     name: str,
-    bins: str,
+    kind: str,
     input: Spec,
     rois: Spec,
     *,
@@ -54,8 +21,8 @@ def plan(
     part_size: tuple[int, int] | None = None,
     classes: int = 1,
     samples: int = 1,
-    offset_scale: float = 0.0,
-) -> Geometry:
+    offset_unit: float = 0.0,
+) -> RoIPooling:
     check.rank(name, "input", input, "(N, C, H, W)")
     check.rank(name, "rois", rois, "(R, 5)")
     check.floating(name, "input", input)
@@ -65,7 +32,7 @@ def plan(
     batch, channels, height, width = input.shape
     if min(channels, height, width) < 1:
         raise ValueError(f"{name}: input's channels, height and width must not be empty, got {input.shape}")
-    if max(height, width) > Geometry.MOST:
+    if max(height, width) > MOST:
         raise ValueError(f"{name}: input's height and width must be at most 2**23, got {input.shape}")
     groups = group_size[0] * group_size[1]
     if channels % groups:
@@ -85,15 +52,17 @@ def plan(
             f"{name}: there must be fewer than 2**30 bins and parts, got {count} rois of {output_size} bins in groups "
             f"{group_size} and parts {part_size}"
         )
-    return Geometry(
-        name, bins, batch, channels, height, width, count, output_size, group_size, part_size, classes, samples,
-        spatial_scale, offset_scale, Spec((count, channels // groups, *output_size), input.dtype),
+    return RoIPooling(
+        name=name, kind=kind, batch=batch, channels=channels, height=height, width=width, rois=count,
+        output_size=output_size, group_size=group_size, part_size=part_size, classes=classes, samples=samples,
+        spatial_scale=spatial_scale, offset_unit=offset_unit,
+        output=Spec((count, channels // groups, *output_size), input.dtype),
     )  # fmt: skip
 
 
 def sample_count(name: str, attribute: str, value: Any, least: int) -> int:
     number = check.integer(name, attribute, value, least)
-    if number > Geometry.MOST:
+    if number > MOST:
         raise ValueError(f"{name}: {attribute} must be at most 2**23, got {number}")
     return number
 

@@ -8,6 +8,7 @@ from .. import check
 from ..check import Pair
 from ..cpu import pooling as cpu
 from ..cuda import pooling as cuda
+from ..geometry import RoIPooling
 from ..op import Op
 from . import pooling
 
@@ -101,10 +102,10 @@ def _canonical(*, output_size: Any, group_size: Any, spatial_scale: Any) -> dict
     }
 
 
-def _plan(
+def _geometry(
     specs: tuple[Any, ...], *, output_size: tuple[int, int], group_size: tuple[int, int], spatial_scale: float
-) -> pooling.Geometry:
-    return pooling.plan(
+) -> RoIPooling:
+    return pooling.geometry(
         "psroi_pool", "Average", *specs,
         output_size=output_size, group_size=group_size, spatial_scale=spatial_scale,
     )  # fmt: skip
@@ -115,9 +116,9 @@ OP = Op(
     psroi_pool_backward,
     PSRoiPoolGradients,
     _canonical,
-    _plan,
+    _geometry,
     cpu,
     cuda,
-    fine=("rois",),
-    constants=("rois",),
+    may_be_float32=("rois",),
+    non_differentiable=("rois",),
 )

@@ -8,6 +8,7 @@ from .. import check
 from ..check import Pair
 from ..cpu import pooling as cpu
 from ..cuda import pooling as cuda
+from ..geometry import RoIPooling
 from ..op import Op
 from . import pooling
 
@@ -86,8 +87,8 @@ def _canonical(*, output_size: Any, spatial_scale: Any) -> dict[str, Any]:
     }
 
 
-def _plan(specs: tuple[Any, ...], *, output_size: tuple[int, int], spatial_scale: float) -> pooling.Geometry:
-    return pooling.plan("roi_avg_pool", "Average", *specs, output_size=output_size, spatial_scale=spatial_scale)
+def _geometry(specs: tuple[Any, ...], *, output_size: tuple[int, int], spatial_scale: float) -> RoIPooling:
+    return pooling.geometry("roi_avg_pool", "Average", *specs, output_size=output_size, spatial_scale=spatial_scale)
 
 
 OP = Op(
@@ -95,9 +96,9 @@ OP = Op(
     roi_avg_pool_backward,
     RoiAvgPoolGradients,
     _canonical,
-    _plan,
+    _geometry,
     cpu,
     cuda,
-    fine=("rois",),
-    constants=("rois",),
+    may_be_float32=("rois",),
+    non_differentiable=("rois",),
 )

@@ -15,7 +15,7 @@ from .case import Case, Tensors
 
 @dataclass(frozen=True)
 class Windows(Case):
-    """Of dcnv3 and dcnv4."""
+    """A configuration of dcnv3 or dcnv4."""
 
     batch: int = 2
     channels: int = 4

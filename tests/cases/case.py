@@ -60,7 +60,7 @@ class Case:
 
     def output_shape(self) -> tuple[int, ...]:
         tensors = cudcn.op.specs(self.tensors().values())
-        return self.op.plan(tensors, **self.op.canonical(**self.attributes)).output.shape
+        return self.op.geometry(tensors, **self.op.canonical(**self.attributes)).output.shape
 
     def grad_output(self, dtype: str = "float64") -> np.ndarray:
         return _cast(np.random.default_rng(1).standard_normal(self.output_shape()), dtype)

@@ -44,7 +44,7 @@ class RoiPooling(Case):
         return {"input": image if self.channels_last else np.ascontiguousarray(image), "rois": self.boxes(random)}
 
     def boxes(self, random: np.random.Generator) -> np.ndarray:
-        """Of all sizes; some reach out of the image, some end before they start."""
+        """Boxes of all sizes; some reach out of the image, some end before they start."""
         if self.whole:
             return np.tile([0.0, 0, 0, self.size[1] - 1, self.size[0] - 1], (self.rois, 1))
         height, width = np.divide(self.size, self.spatial_scale)

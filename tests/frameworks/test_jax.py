@@ -78,7 +78,7 @@ def call(case: Case, given: Tensors, **attributes: Any) -> Any:
 
 
 def differentiable(case: Case, given: Tensors) -> Tensors:
-    return {name: t for name, t in given.items() if t is not None and name not in case.op.constants}
+    return {name: t for name, t in given.items() if t is not None and name not in case.op.non_differentiable}
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -130,7 +130,7 @@ def test_gradients_of_all_tensors(case: Case) -> None:
     given = tensors(case)
     floats = {name: t for name, t in given.items() if t is not None and jnp.issubdtype(t.dtype, jnp.floating)}
     grads = jax.jit(jax.grad(lambda t: case.forward({**given, **t}).sum()))(floats)
-    for name in case.op.constants:
+    for name in case.op.non_differentiable:
         assert name not in floats or not grads[name].any()
 
 
@@ -183,12 +183,12 @@ def test_gradients_under_every_transformation(order: tuple[Any, ...]) -> None:
                     assert_close(g, np.asarray(want[i]))
 
 
-@pytest.mark.parametrize("case", [case for case in EACH if case.op.constants], ids=str)
+@pytest.mark.parametrize("case", [case for case in EACH if case.op.non_differentiable], ids=str)
 @pytest.mark.parametrize("x64", [True, False])
 def test_numpy_constants(case: Case, x64: bool) -> None:
     with jax.enable_x64(x64):
         dtype = "float64" if x64 else "float32"
-        constants = {name: case.tensors(dtype)[name] for name in case.op.constants}
+        constants = {name: case.tensors(dtype)[name] for name in case.op.non_differentiable}
         constants = {name: t.astype(np.int64) if t.dtype.kind == "i" else t for name, t in constants.items()}
         given = {**tensors(case, dtype), **constants}
         grad_output = jnp.asarray(case.grad_output(dtype))

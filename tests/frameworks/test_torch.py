@@ -41,9 +41,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[list[bool]]:
     seen: list[list[bool]] = []
     original = Op.backward
 
-    def spy(self: Op, plan: Any, grads: Any, *rest: Any) -> None:
+    def spy(self: Op, geometry: Any, grads: Any, *rest: Any) -> None:
         seen.append([grad is not None for grad in grads])
-        original(self, plan, grads, *rest)
+        original(self, geometry, grads, *rest)
 
     monkeypatch.setattr(Op, "backward", spy)
     return seen
@@ -166,11 +166,11 @@ def test_computes_only_wanted_gradients(case: Case, computed: list[list[bool]]) 
 @pytest.mark.parametrize("case", EACH, ids=str)
 def test_constants_that_require_gradients_get_none(case: Case) -> None:
     given = tensors(case)
-    for name in case.op.constants:
+    for name in case.op.non_differentiable:
         if given[name].is_floating_point():
             given[name].requires_grad_()
     case.forward(given).sum().backward()
-    assert all(given[name].grad is None for name in case.op.constants)
+    assert all(given[name].grad is None for name in case.op.non_differentiable)
 
 
 def test_without_gradients() -> None:
@@ -232,7 +232,7 @@ def test_autocast(case: Case) -> None:
         assert case.forward(tensors(case)).dtype == torch.float64
     assert out.dtype == torch.bfloat16
     half = {
-        n: t.bfloat16() if t is not None and t.is_floating_point() and n not in case.op.fine else t
+        n: t.bfloat16() if t is not None and t.is_floating_point() and n not in case.op.may_be_float32 else t
         for n, t in given.items()
     }
     assert torch.equal(out, case.forward(half))  # the fine tensors kept their float32
@@ -354,7 +354,7 @@ def test_torch_ops_refuse_tensors_of_two_devices(case: Case) -> None:
                 overload(f"{case.op.name}_backward")(grad_output, *mixed, *flat(case), needs)
 
 
-WITH_CONSTANTS = [case for case in EACH if case.op.constants]
+WITH_CONSTANTS = [case for case in EACH if case.op.non_differentiable]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -362,7 +362,7 @@ WITH_CONSTANTS = [case for case in EACH if case.op.constants]
 def test_constants_of_numpy(case: Case, compiled: bool) -> None:
     given, grad_output = tensors(case), to_torch(case.grad_output())
     mixed = dict(given)
-    for name in case.op.constants:
+    for name in case.op.non_differentiable:
         constant = case.tensors()[name]
         mixed[name] = constant[::-1].astype(constant.dtype.newbyteorder(">"))[::-1]  # which torch takes no view of
         mixed[name].flags.writeable = False
@@ -370,7 +370,7 @@ def test_constants_of_numpy(case: Case, compiled: bool) -> None:
     if compiled:
         torch._dynamo.reset()
         function = torch.compile(case.forward, fullgraph=True, backend="aot_eager")
-        for name in case.op.constants:
+        for name in case.op.non_differentiable:
             mixed[name] = case.tensors()[name].copy()  # as torch.compile wants its inputs
     want, wants = expected(case, given, grad_output)
     out = function(mixed)
@@ -387,12 +387,12 @@ def test_constants_of_numpy(case: Case, compiled: bool) -> None:
 def test_only_constants_may_be_of_numpy(case: Case) -> None:
     given = tensors(case, grad=False)
     first = next(iter(given))
-    for name in set(given) - {first, *case.op.constants}:
+    for name in set(given) - {first, *case.op.non_differentiable}:
         if given[name] is not None:
             with pytest.raises(TypeError, match=f"{case.op.name}: all tensors must be of one framework"):
                 case.forward({**given, name: double(given[name])})
     meta = {name: None if t is None else t.to("meta") for name, t in given.items()}
-    for name in case.op.constants:
+    for name in case.op.non_differentiable:
         assert case.forward({**meta, name: np.asarray(given[name])}).is_meta
         with pytest.raises(ValueError, match=f"{case.op.name}: all tensors must be on one device"):
             case.forward({**meta, name: given[name]})

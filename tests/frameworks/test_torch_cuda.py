@@ -81,7 +81,7 @@ def test_takes_views_as_they_are(case: Case, cuda: Any) -> None:
     given = {name: None if t is None else torch.stack([t, t], -1)[..., 0].detach() for name, t in tensors(case).items()}
     for name, tensor in given.items():
         if tensor is not None:
-            tensor.requires_grad_(name not in case.op.constants)
+            tensor.requires_grad_(name not in case.op.non_differentiable)
     check(case, cuda, given)
 
 

@@ -42,7 +42,11 @@ def test_opcheck(case: Case) -> None:
 @pytest.mark.parametrize("case", ADAPTED, ids=str)
 def test_gradcheck(case: Case) -> None:
     smooth = {name: to_torch(t) for name, t in case.smooth(dict(case.tensors())).items()}
-    given = {name: t.requires_grad_() for name, t in smooth.items() if t is not None and name not in case.op.constants}
+    given = {
+        name: t.requires_grad_()
+        for name, t in smooth.items()
+        if t is not None and name not in case.op.non_differentiable
+    }
     assert torch.autograd.gradcheck(
         lambda *t: case.forward({**smooth, **dict(zip(given, t, strict=True))}), tuple(given.values()), fast_mode=True
     )
@@ -116,7 +120,7 @@ def test_refuses_the_second_derivative(case: Case) -> None:
 @jit_is_deprecated
 @pytest.mark.parametrize("case", EACH, ids=str)
 def test_refuses_forward_mode(case: Case) -> None:
-    """Of each tensor, also where nothing is recorded for a backward pass."""
+    """With respect to each tensor, also where nothing is recorded for a backward pass."""
     for name, tensor in differentiable(case).items():
         loss = loss_of(case, [name])
         for function in loss, torch.func.grad(loss):
@@ -161,7 +165,7 @@ def test_func_vjp(case: Case) -> None:
 
 @pytest.mark.parametrize("case", EACH, ids=str)
 def test_func_jacrev(case: Case) -> None:
-    """Of three of the output's numbers, against one backward pass for each."""
+    """For three of the output's numbers, against one backward pass for each."""
     given, forward = differentiable(case), forward_of(case, differentiable(case))
     out = forward(*given.values())
     places = [0, out.numel() // 2, out.numel() - 1]

@@ -24,7 +24,7 @@ def tensors(case: Case = PLAIN, dtype: str = "float64", device: str = "cpu", gra
     """The case's tensors, requiring gradients where there are any."""
     given = {name: to_torch(t) for name, t in case.tensors(dtype).items()}
     return {
-        name: None if t is None else t.to(device).requires_grad_(grad and name not in case.op.constants)
+        name: None if t is None else t.to(device).requires_grad_(grad and name not in case.op.non_differentiable)
         for name, t in given.items()
     }
 

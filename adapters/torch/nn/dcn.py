@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cudcn import check
+from cudcn.geometry import ceil_div
 from cudcn.ops.aggregate import canonical
 from cudcn.ops.dcnv3 import dcnv3
 from cudcn.ops.dcnv4 import dcnv4
@@ -98,7 +99,7 @@ class DCNv4(torch.nn.Module):
         without_pointwise = check.flag(name, "without_pointwise", without_pointwise)
         self.group = group
         self.offset_mask_dw = None if dw_kernel_size is None else _depthwise(channels, dw_kernel_size, stride)
-        self.offset_mask = zeroed(channels, -(-3 * group * (kernel_size**2 - remove_center) // 8) * 8)
+        self.offset_mask = zeroed(channels, ceil_div(3 * group * (kernel_size**2 - remove_center), 8) * 8)
         self.value_proj = torch.nn.Identity() if without_pointwise else projection(channels)
         self.output_proj = torch.nn.Identity() if without_pointwise else projection(channels, output_bias)
         _add_center_feature_scale(self, channels, group, center_feature_scale)
@@ -132,7 +133,7 @@ def _attributes(
     center_feature_scale: bool,
     remove_center: bool,
 ) -> dict[str, Any]:
-    """Of dcnv3 and dcnv4, the module's arguments checked; the padding keeps the output on the input's grid."""
+    """The attributes of dcnv3 and dcnv4, checked; the padding keeps the output on the input's grid."""
     for argument, value in (
         ("channels", channels), ("kernel_size", kernel_size), ("dw_kernel_size", dw_kernel_size), ("stride", stride),
         ("dilation", dilation), ("group", group),
