@@ -108,8 +108,8 @@ def _backward(op: Op, *arguments: Any) -> list[torch.Tensor]:
     return [grad for grad in grads if grad is not None]
 
 
-# These take `geometry`, not `known_geometry`: symbolic shapes must not be remembered, as what holds of them is a guard of
-# one trace.
+# These take `geometry`, not `known_geometry`: symbolic shapes must not be remembered, as what holds of them is a guard
+# of one trace.
 def _fake_forward(op: Op, *arguments: Any) -> torch.Tensor:
     return _empty_output(op, op.geometry, arguments)[1]
 

@@ -102,7 +102,7 @@ class _Rows:
         return bool(self.depth == self.part and contiguous and address(images) % 16 == 0 and images.dtype == dtype)
 
     def bytes(self, images: Any, dtype: Any = None) -> int:
-        """That packing takes for one image, as `dtype` if not its own."""
+        """What packing takes for one image, as `dtype` if not its own."""
         dtype = np.dtype(dtype or images.dtype)
         return 0 if self.are(images, dtype) else math.prod(images.shape[2:]) * self.parts * self.depth * dtype.itemsize
 
@@ -205,7 +205,7 @@ class _Call:
     def backward_offset(
         self, images: slice, rows: tuple[Any, Any], turned: Any, grad_offset: Any, grad_mask: Any
     ) -> None:
-        """And of the mask."""
+        """The gradients of offset and mask."""
         grad_offset, grad_mask = (None if grad is None else grad[images] for grad in (grad_offset, grad_mask))
         grid = self._pixel_tiles(images) * self.g.offset_groups * self.g.taps
         self.device.launch(
@@ -302,7 +302,7 @@ class _Call:
 
 
 def _outs(dtype: str) -> tuple[int, ...]:
-    """Of a forward tile; 0 where groups are small."""
+    """The outs that a tile may have; 0 where groups are small."""
     return (0, 64, 128) if dtype in ("float16", "bfloat16") else (0, 64)
 
 
@@ -314,9 +314,9 @@ def _kernel(name: str, dtype: str, *arguments: int) -> Kernel:
 def _sum_pixels(device: Any, images: Any, sums: Any) -> None:
     """sums (C,) = those over all pixels of images (n, C, H, W): each thread block's own, and then over the blocks."""
     n, channels, height, width = images.shape
-    last = images.strides[1] == images.itemsize
+    channels_last = images.strides[1] == images.itemsize
     by_channel, by_pixel = (32, _THREADS // 32), (1, _THREADS)  # threads along channels, and along pixels
-    block = by_channel if last else by_pixel
+    block = by_channel if channels_last else by_pixel
     tiles = ceil_div(n * height * width, _SUMMANDS * block[1])
     partial = device.empty((tiles, channels), np.float64)
 
