@@ -54,6 +54,7 @@ def forward(g: Aggregation, out: Any, *tensors: Any) -> None:
     out, levels, dtype, runs = g.by_group(out), _levels(g, *tensors), arithmetic(image), _runs(g)
 
     def aggregate(block: Block) -> None:
+        # out[q, g] = sum over levels and points of factor * bilinear(image[level, g], place)
         factors, total = _factors(g, weights[block], runs, dtype), _zeros(g, out[block], runs, dtype)
         for run in runs:
             total += _sampler(g, levels, places, factors(run), block, run).sums(pixels[block[0]])
@@ -75,6 +76,8 @@ def backward(g: Aggregation, grads: Any, grad_output: Any, *tensors: Any) -> Non
 
     def differentiate(block: Block) -> Iterable[Share]:
         """The block's shares of the image's gradient; those of places and weights are its own to write."""
+        # d image = factor * grad_output[q, g], times each sample's four weights, added to its pixels
+        # d weight = sum over channels of grad_output[q, g] * value;  d place alike, with factor * slope * scale
         vectors = grad_output[block].reshape(-1, g.group_channels).astype(dtype, copy=False)
         factors = _factors(g, weights[block], runs, dtype)
 
@@ -87,7 +90,7 @@ def backward(g: Aggregation, grads: Any, grad_output: Any, *tensors: Any) -> Non
             return sampler(run).products(pixels[block[0]], vectors)
 
         shares: list[Share] = []
-        mean: Any = 0  # d out / d logit = factor * (value - mean), and out is the mean of the values
+        mean: Any = 0  # with softmax, d logit = factor * (d weight - mean), that of d weight with the factors
         counted: Any = False  # factors that are NaN are so all together: they count where any sample of the query does
         for run in runs:
             if sums and len(runs) <= _KEPT:

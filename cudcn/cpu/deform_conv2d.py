@@ -35,6 +35,7 @@ def forward(g: Convolution, out: Any, input: Any, offset: Any, weight: Any, bias
 
     def convolve(block: Block) -> None:
         n, *part = block
+        # column[q, k, c] = mask[k, q] * bilinear(input[c], place[q, k]);  out[o, q] = weight[o] . column[q] + bias[o]
         columns = [
             _sampler(g, offset, mask, block, group, dtype).sums(pixels[n][group]) for group in range(g.offset_groups)
         ]
@@ -65,10 +66,13 @@ def backward(
     def differentiate(block: Block) -> Any:
         """The block's shares of the image's gradient, and what the weight's is made of; offset and mask are its own."""
         n, *part = block
+        # d column[q, k, c] = sum over o of grad_output[o, q] * weight[o, c, k]
         grad_product = grad_output[n][:, *part].reshape(g.groups, g.out_channels // g.groups, -1).astype(dtype)
         grad_columns = _by_offset_group(g, grad_product.transpose(0, 2, 1) @ matrix.transpose(0, 2, 1))
         shares, columns = [], []
         for group, grad_samples in enumerate(grad_columns):
+            # d input = each sample's four weights times d column[q, k], added to its pixels
+            # d mask[k, q] = sum over c of d column[q, k, c] * value;  d offset[k, q] alike, with mask * slope
             sampler = _sampler(g, offset, mask, block, group, dtype)
             if sums:
                 shares.append(sampler.scattered(grad_samples, g.offset_groups))
@@ -87,6 +91,7 @@ def backward(
 
     def multiply(part: slice) -> None:
         """Some columns of the weight's gradient."""
+        # d weight[o, c, k] = sum over q of grad_output[o, q] * column[q, k, c]
         for grad_product, columns in kept:
             for run in (slice(first, first + _RUN) for first in range(0, columns.shape[1], _RUN)):
                 weight_sum[:, :, part] += grad_product[:, :, run] @ columns[:, run, part]

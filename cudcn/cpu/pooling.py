@@ -42,6 +42,7 @@ def forward(g: RoIPooling, out: Any, input: Any, rois: Any, offset: Any = None, 
 
 
 def _pool(g: RoIPooling, means: Any, pixels: np.ndarray, mask: Any, bins: Bins) -> None:
+    # out[r, c, i, j] = mask / divisor * sum over the bin's samples
     sums = _total(area.sums(area.y.value, area.x.value, pixels) for area in _areas(g, bins))
     means[bins.at] = sums * _factor(bins, mask)
 
@@ -71,6 +72,8 @@ def _backward_offset(
                 pieces, size = _pieces(g, bins)
                 wanted = grad_mask is not None, grad_offset is not None
                 products = _in_order(partial(_products, g, pixels, gradients, *wanted), pieces, size)
+                # d mask = sum over c of grad_output * value / divisor
+                # d offset = sum over c of grad_output * slope * mask / divisor * unit
                 for piece, (value, slope_y, slope_x) in zip(pieces, products, strict=True):
                     if grad_mask is not None:
                         _by_class(g, grad_mask, cls)[piece.at] = value / piece.divisor

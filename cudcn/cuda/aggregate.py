@@ -68,6 +68,7 @@ class _Call:
         xp = device.xp
         self.g, self.device = g, device
         image, *levels, places, weights = (*tensors, tensors[-1]) if g.packed else tensors
+        # the kernels have one type for both, so that where one of two is half, it becomes float32
         fine = np.float32 if places.dtype != weights.dtype else places.dtype
         self.image = xp.ascontiguousarray(image)
         self.places = xp.ascontiguousarray(places, fine)
@@ -84,6 +85,7 @@ class _Call:
         g, image = self.g, self.image
         queries = g.batch * math.prod(g.queries)
         vector = self._vector([image, *inputs])
+        # A row of threads shares a query and group: a thread a vector of channels, and the rows of a block fill it.
         lanes = min(32, 1 << (ceil_div(g.group_channels, vector) - 1).bit_length())
         rows = _THREADS // lanes
         grid = ceil_div(queries, rows) * g.groups

@@ -57,6 +57,7 @@ def forward(g: Convolution, out: Any, input: Any, offset: Any, weight: Any, bias
         call = _Call(g, device, input, offset, mask)
         weight = call.weights(weight)
         bias = None if bias is None else device.xp.ascontiguousarray(bias)
+        # out[o, q] = bias[o] + sum over c, k of weight[o, c, k] * mask[k, q] * bilinear(input[c], place[k, q])
         for images in call.chunks(call.input_rows.bytes(input)):
             call.forward(images, call.input_rows.packed(input[images]), weight, bias, out[images])
 
@@ -79,11 +80,11 @@ def backward(
         scratch = call.input_rows.bytes(input) + call.output_rows.bytes(grad_output)
         for images in call.chunks(scratch, grad_input is not None):
             rows = call.output_rows.packed(grad_output[images]), call.input_rows.packed(input[images])
-            if of_samples:
+            if of_samples:  # sums over c of (weight^T grad_output)[c, k] * value, and * slope * mask
                 call.backward_offset(images, rows, turned, grad_offset, grad_mask)
-            if grad_weight is not None:
+            if grad_weight is not None:  # sums over pixels of grad_output[o] * sample[c, k]
                 call.backward_weight(images, rows, grad_weight, totals)
-            if grad_input is not None:
+            if grad_input is not None:  # weight^T times the sums of grad_output over the samples that touch a pixel
                 call.backward_input(images, rows[0], turned, grad_input[images])
         if grad_bias is not None:
             _sum_pixels(device, grad_output, grad_bias)
@@ -132,6 +133,8 @@ class _Call:
         self.dtype, self.sums = str(input.dtype), arithmetic(input)
         self.offset, self.mask = offset, mask
         self.group_channels, self.group_outs = g.channels // g.groups, g.out_channels // g.groups
+        # A part is channels of one group and one offset group. A bundle is outs that share a product: those of a group,
+        # or of several small groups, whose parts are then all their channels.
         size, in_offset_group = max(self.group_channels, self.group_outs), g.channels // g.offset_groups
         self.grouped = g.groups > 1 and size <= _SMALL and in_offset_group % self.group_channels == 0
         if self.grouped:
@@ -234,6 +237,7 @@ class _Call:
         grid = ceil_div(count * g.height * g.width, _ROWS) * tiles
         kernel = _kernel("backward_input", self.dtype, outs)
         arguments = grad_output, starts, records, turned, grad_input, strides(grad_input)
+        # float16 sums over many samples may overflow: the second launch makes those blocks again, scaled down.
         overflows = device.empty((grid,), np.int32) if self.dtype == "float16" else None
         device.launch(kernel, grid, (_THREADS, 1), *arguments, overflows, None, convolution)
         if overflows is not None:
@@ -247,6 +251,8 @@ class _Call:
         tiles = self.input_rows.parts * g.taps
         if not self.grouped:
             tiles *= self._out_tiles(_WEIGHT_OUTS) * ceil_div(columns, _WEIGHT_CHANNELS)
+        # Pixels are split over blocks until these fill a GPU; a split's sum is float32, and the splits are added in
+        # float64, always in one order.
         splits = max(1, _BLOCKS // tiles)
         run = min(_RUN, ceil_div(pixels, splits * _ROWS) * _ROWS)
         most = max(1, launch.WORKSPACE // (grad_weight.size * np.dtype(self.sums).itemsize))

@@ -41,14 +41,14 @@ def backward(
     with launch.device(grad_output) as device:
         shifts = _fine(device, input, rois, offset, mask)
         gradient = grad_output, strides(grad_output)
-        if grad_input is not None:
+        if grad_input is not None:  # a bin's gradient / divisor * mask, times a sample's four weights, to its pixels
             sums = _input_sums(device, g, grad_input)
             sums[...] = 0
             channels_last = _channels_last(g, sums)
             _launch(device, g, "pool_backward_input", input, channels_last, 1, *gradient, *shifts, sums, strides(sums))
             if sums is not grad_input:
                 grad_input[...] = sums
-        if grad_offset is not None or grad_mask is not None:
+        if grad_offset is not None or grad_mask is not None:  # a bin's own, which parts of several bins add up
             bins = (g.rois, 2 * g.classes, *g.output_size)
             offset_sums = None if grad_offset is None else _sums(device, input, grad_offset, bins)
             mask_sums = None if grad_mask is None else _sums(device, input, grad_mask, grad_mask.shape)
