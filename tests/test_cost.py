@@ -13,7 +13,7 @@ import pytest
 from cases.aggregate import Attention, DCNv3, DCNv4
 from cases.case import Case, Tensors
 from cases.deform_conv2d import DeformConv2d
-from cases.pooling import DeformPSRoiPool, DeformRoiPool, PSRoiPool, RoiAvgPool
+from cases.pooling import DeformPSRoIPool, DeformRoIPool, PSRoIPool, RoIAvgPool
 
 import cudcn
 
@@ -25,11 +25,11 @@ LARGE: list[Case] = [
     DCNv3("large", batch=1, channels=32, size=(100, 90), group=4),
     DCNv4("large", batch=3, channels=24, size=(60, 61), group=2, softmax=True),
     Attention("large", batch=2, queries=2000, heads=4, channels=16, sizes=((40, 50), (20, 25), (3, 4)), points=4),
-    RoiAvgPool("large", **_ROIS),
-    PSRoiPool("large", **_ROIS),
-    DeformRoiPool("large", **_ROIS),
-    DeformRoiPool("large", **_ROIS, sampling_ratio=0),
-    DeformPSRoiPool("large", **_ROIS),
+    RoIAvgPool("large", **_ROIS),
+    PSRoIPool("large", **_ROIS),
+    DeformRoIPool("large", **_ROIS),
+    DeformRoIPool("large", **_ROIS, sampling_ratio=0),
+    DeformPSRoIPool("large", **_ROIS),
 ]
 every_large_case = pytest.mark.parametrize("case", LARGE, ids=str)
 
@@ -73,12 +73,12 @@ MEMORY = [
     Attention("far", 1, 6000, 8, 32, ((80, 120), (40, 60), (20, 30), (10, 15)), 4),
     Attention("a large query", 1, 1, 1, 16, ((50, 50),), 1_000_000, softmax=True),
     DCNv3("many groups", 1, 40000, (4, 4), group=20000),
-    PSRoiPool("whole images", 1, 1, (256, 256), 300, 7, 1.0, group_size=7, whole=True),
-    RoiAvgPool("one large bin", 1, 1, (2048, 2048), 1, 1, 1.0, whole=True),
-    RoiAvgPool("many bins", 1, 1, (8, 8), 10_000, 7, 1.0, whole=True),
-    DeformRoiPool("whole images", 1, 16, (200, 200), 100, 7, 1.0, whole=True, mask=False),
-    DeformPSRoiPool("whole images", 1, 1, (64, 64), 300, 7, 1.0, group_size=7, whole=True, mask=False),
-    DeformPSRoiPool("many parts", 1, 4, (64, 64), 300, 1, 1.0, part_size=200, whole=True, mask=False),
+    PSRoIPool("whole images", 1, 1, (256, 256), 300, 7, 1.0, group_size=7, whole=True),
+    RoIAvgPool("one large bin", 1, 1, (2048, 2048), 1, 1, 1.0, whole=True),
+    RoIAvgPool("many bins", 1, 1, (8, 8), 10_000, 7, 1.0, whole=True),
+    DeformRoIPool("whole images", 1, 16, (200, 200), 100, 7, 1.0, whole=True, mask=False),
+    DeformPSRoIPool("whole images", 1, 1, (64, 64), 300, 7, 1.0, group_size=7, whole=True, mask=False),
+    DeformPSRoIPool("many parts", 1, 4, (64, 64), 300, 1, 1.0, part_size=200, whole=True, mask=False),
     Overlapping("overlapping levels", 1, 500, 1, 2, ((512, 512),) * 32, 4),
 ]
 

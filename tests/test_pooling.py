@@ -12,11 +12,11 @@ from cases.pooling import (
     CASES,
     PLAIN,
     SMALL,
-    DeformPSRoiPool,
-    DeformRoiPool,
-    PSRoiPool,
-    RoiAvgPool,
-    RoiPooling,
+    DeformPSRoIPool,
+    DeformRoIPool,
+    PSRoIPool,
+    RoIAvgPool,
+    RoIPooling,
 )
 from engines import onnx_runtime, openvino
 from every_case import EveryCase, EverySmallCase, agrees_with_float64, launched
@@ -46,7 +46,7 @@ class TestEverySmallCase(EverySmallCase):
 @pytest.mark.parametrize(
     ("limit", "value"), [("_PIECE", 1), ("_PIECE", 4000), ("_STRIP", 300), ("_BINS", 7), ("_CUT", 3)]
 )
-def test_pieces_of_any_size(case: RoiPooling, limit: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_any_size(case: RoIPooling, limit: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of a bin too: one that is cut is the sum of its pieces."""
     from cudcn.cpu import pooling
 
@@ -118,18 +118,18 @@ def fast_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         yield
 
 
-LONG: list[RoiPooling] = [
-    RoiAvgPool("long", batch=1, channels=1, size=(600, 700), rois=1, output_size=1, spatial_scale=1.0),
-    PSRoiPool("long", batch=1, channels=1, size=(600, 700), rois=1, output_size=(1, 2), spatial_scale=1.0),
-    DeformRoiPool("long", batch=1, size=(400, 300), channels=1, rois=1, output_size=1, sampling_ratio=0),
-    DeformRoiPool("long, one pixel", batch=1, size=(2, 2), channels=2, rois=1, output_size=1, sampling_ratio=300),
-    DeformPSRoiPool("long", batch=1, size=(20, 30), channels=1, rois=1, output_size=1, sample_per_part=300),
+LONG: list[RoIPooling] = [
+    RoIAvgPool("long", batch=1, channels=1, size=(600, 700), rois=1, output_size=1, spatial_scale=1.0),
+    PSRoIPool("long", batch=1, channels=1, size=(600, 700), rois=1, output_size=(1, 2), spatial_scale=1.0),
+    DeformRoIPool("long", batch=1, size=(400, 300), channels=1, rois=1, output_size=1, sampling_ratio=0),
+    DeformRoIPool("long, one pixel", batch=1, size=(2, 2), channels=2, rois=1, output_size=1, sampling_ratio=300),
+    DeformPSRoIPool("long", batch=1, size=(20, 30), channels=1, rois=1, output_size=1, sample_per_part=300),
 ]
 
 
 @pytest.mark.usefixtures("fast_device")
 @pytest.mark.parametrize("case", LONG, ids=str)
-def test_long_sums_keep_their_precision(case: RoiPooling) -> None:
+def test_long_sums_keep_their_precision(case: RoIPooling) -> None:
     """On a ramp, whose slopes are all alike. Single weights and slopes have the rounding of positions in float32."""
     (height, width), scale = case.size, case.spatial_scale
     tensors = dict(case.tensors("float32"))
@@ -188,7 +188,7 @@ def test_many_bins_of_one_part() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 0.25, 0.0625])
 def test_openvino_psroi_pooling(scale: float) -> None:
-    case = PSRoiPool("openvino", size=(20, 30), rois=20, output_size=3, spatial_scale=scale)
+    case = PSRoIPool("openvino", size=(20, 30), rois=20, output_size=3, spatial_scale=scale)
     tensors = case.tensors("float32")
     want = openvino(
         lambda ops, input, rois: ops.psroi_pooling(input, rois, case.channels, 3, scale, 1, 1, "average"),
@@ -200,7 +200,7 @@ def test_openvino_psroi_pooling(scale: float) -> None:
 @pytest.mark.parametrize("offset", [True, False])
 @pytest.mark.parametrize(("parts", "classes"), [(3, 1), (3, 2), (2, 4)])
 def test_openvino_deformable_psroi_pooling(offset: bool, parts: int, classes: int) -> None:
-    case = DeformPSRoiPool(
+    case = DeformPSRoIPool(
         "openvino", size=(20, 30), rois=20, output_size=3, group_size=3, part_size=parts, classes=classes, channels=4,
         sample_per_part=4, spatial_scale=0.25, mask=False, offset=offset,
     )  # fmt: skip
@@ -220,7 +220,7 @@ def test_openvino_deformable_psroi_pooling(offset: bool, parts: int, classes: in
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_onnx_runtime_roi_align(sampling_ratio: int, scale: float) -> None:
     """Without offsets it is RoIAlign, aligned."""
-    case = DeformRoiPool(
+    case = DeformRoIPool(
         "roi align", size=(20, 30), rois=20, output_size=(3, 4), spatial_scale=scale, sampling_ratio=sampling_ratio,
         offset=False, mask=False,
     )  # fmt: skip
@@ -243,14 +243,14 @@ pairs = st.tuples(sizes, sizes)
 
 
 @st.composite
-def any_case(draw: st.DrawFn) -> RoiPooling:
-    kind = draw(st.sampled_from([RoiAvgPool, PSRoiPool, DeformRoiPool, DeformPSRoiPool]))
-    sensitive = {"group_size": draw(pairs)} if kind in (PSRoiPool, DeformPSRoiPool) else {}
+def any_case(draw: st.DrawFn) -> RoIPooling:
+    kind = draw(st.sampled_from([RoIAvgPool, PSRoIPool, DeformRoIPool, DeformPSRoIPool]))
+    sensitive = {"group_size": draw(pairs)} if kind in (PSRoIPool, DeformPSRoIPool) else {}
     deformable = {"offset": draw(st.booleans()), "mask": draw(st.booleans()), "reach": draw(st.sampled_from([0.5, 9]))}
     classes = draw(st.integers(1, 3))
     own: dict[Any, dict[str, Any]] = {
-        DeformRoiPool: {**deformable, "sampling_ratio": draw(st.integers(0, 3))},
-        DeformPSRoiPool: {
+        DeformRoIPool: {**deformable, "sampling_ratio": draw(st.integers(0, 3))},
+        DeformPSRoIPool: {
             **deformable, "part_size": draw(pairs), "sample_per_part": draw(st.integers(1, 4)), "classes": classes,
         },
     }  # fmt: skip
@@ -263,7 +263,7 @@ def any_case(draw: st.DrawFn) -> RoiPooling:
 
 @settings(max_examples=80, deadline=None)
 @given(any_case())
-def test_linear_in_the_input(case: RoiPooling) -> None:
+def test_linear_in_the_input(case: RoIPooling) -> None:
     """The gradient is the adjoint: <grad_input, v> = <grad_output, f(v)>."""
     tensors, grad_output = case.tensors(), case.grad_output()
     product = (grad_output * case.forward(tensors)).sum()
@@ -275,7 +275,7 @@ def test_linear_in_the_input(case: RoiPooling) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(any_case(), st.randoms(use_true_random=False))
-def test_rois_are_independent(case: RoiPooling, random: Any) -> None:
+def test_rois_are_independent(case: RoIPooling, random: Any) -> None:
     tensors, out = case.tensors(), case.forward(case.tensors())
     order = random.sample(range(case.rois), random.randint(0, case.rois))
     chosen = {n: t if n == "input" or t is None else t[order] for n, t in tensors.items()}
@@ -284,14 +284,14 @@ def test_rois_are_independent(case: RoiPooling, random: Any) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(any_case())
-def test_values_are_between_the_pixels(case: RoiPooling) -> None:
+def test_values_are_between_the_pixels(case: RoIPooling) -> None:
     """A mean is: at least where a bin's samples all count, and 0 otherwise draws it there."""
     out = case.forward({**case.tensors(), **({"mask": None} if "mask" in case.op.tensors else {})})
     assert (np.abs(out) <= np.abs(case.tensors()["input"]).max() * (1 + 1e-12)).all()
 
 
 def test_one_group_is_the_plain_average() -> None:
-    tensors = RoiAvgPool("again", channels=5).tensors()
+    tensors = RoIAvgPool("again", channels=5).tensors()
     out = cudcn.roi_avg_pool(**tensors, output_size=(3, 2), spatial_scale=0.5)
     assert np.array_equal(cudcn.psroi_pool(**tensors, output_size=(3, 2), group_size=1, spatial_scale=0.5), out)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases.case import error
-from cases.pooling import BY_NAME, PLAIN, DeformPSRoiPool, DeformRoiPool, PSRoiPool, RoiAvgPool, RoiPooling
+from cases.pooling import BY_NAME, PLAIN, DeformPSRoIPool, DeformRoIPool, PSRoIPool, RoIAvgPool, RoIPooling
 
 import cudcn
 from cudcn import emulator
@@ -26,7 +26,7 @@ ADAPTIVE = BY_NAME["deform_roi_pool adaptive"]  # which takes no bins of more th
     [*itertools.product(PLAIN, BAD_COORDINATES), *itertools.product([ADAPTIVE], BAD_COORDINATES[:3])],
     ids=str,
 )
-def test_rois_that_lie_nowhere(case: RoiPooling, bad: float) -> None:
+def test_rois_that_lie_nowhere(case: RoIPooling, bad: float) -> None:
     """NaN and infinity give 0 and no gradient; whatever the number, it is quick, and the others are undisturbed."""
     case = replace(case, rois=4)
     tensors, grad_output = case.tensors("float32"), case.grad_output("float32")
@@ -52,7 +52,7 @@ def test_rois_that_lie_nowhere(case: RoiPooling, bad: float) -> None:
 @pytest.mark.usefixtures("any_device")
 @pytest.mark.parametrize("bad", BAD_COORDINATES)
 @pytest.mark.parametrize("case", [case for case in PLAIN if "offset" in case.op.tensors], ids=str)
-def test_offsets_that_point_nowhere(case: RoiPooling, bad: float) -> None:
+def test_offsets_that_point_nowhere(case: RoIPooling, bad: float) -> None:
     tensors, grad_output = case.tensors("float32"), case.grad_output("float32")
     offset = tensors["offset"].copy()
     offset[1, 0, 2, 1] = bad
@@ -73,7 +73,7 @@ def test_offsets_that_point_nowhere(case: RoiPooling, bad: float) -> None:
     [*itertools.product(PLAIN, [1e4, 1e7, 1e15, 1e30]), *itertools.product([ADAPTIVE], [1e4, 1e7])],
     ids=str,
 )
-def test_rois_around_everything(case: RoiPooling, half: float) -> None:
+def test_rois_around_everything(case: RoIPooling, half: float) -> None:
     """Their work is that of the image, and what is far too small for a number is 0."""
     tensors = dict(case.tensors("float32"))
     tensors["rois"] = np.tile(np.array([0, -half, -half, half, half], f4), (len(tensors["rois"]), 1))
@@ -120,7 +120,7 @@ def test_bins_of_many_samples_of_which_few_lie_in_the_image(size: float) -> None
 
 @pytest.mark.usefixtures("any_device")
 @pytest.mark.parametrize("case", PLAIN, ids=str)
-def test_a_bin_without_samples_is_0_whatever_its_mask_and_gradient_are(case: RoiPooling) -> None:
+def test_a_bin_without_samples_is_0_whatever_its_mask_and_gradient_are(case: RoIPooling) -> None:
     """NaN where coordinates, or offsets, lead out of the image."""
     tensors, grad_output = dict(case.tensors("float32")), case.grad_output("float32").copy()
     for name, tensor in tensors.items():
@@ -161,17 +161,17 @@ def test_a_sample_on_a_pixel_reads_its_neighbours_too(where: tuple[int, int]) ->
 
 
 MANY_SAMPLES = [
-    RoiAvgPool("many samples", size=(30, 40)),
-    PSRoiPool("many samples", size=(30, 40)),
-    DeformRoiPool("many samples", sampling_ratio=9),
-    DeformPSRoiPool("many samples", sample_per_part=9),
+    RoIAvgPool("many samples", size=(30, 40)),
+    PSRoIPool("many samples", size=(30, 40)),
+    DeformRoIPool("many samples", sampling_ratio=9),
+    DeformPSRoIPool("many samples", sample_per_part=9),
 ]
 
 
 @pytest.mark.usefixtures("any_device")
 @pytest.mark.parametrize("value", [np.inf, -np.inf])
 @pytest.mark.parametrize("case", MANY_SAMPLES, ids=str)
-def test_the_sum_over_infinite_pixels_is_infinite(case: RoiPooling, value: float) -> None:
+def test_the_sum_over_infinite_pixels_is_infinite(case: RoIPooling, value: float) -> None:
     tensors = dict(case.tensors("float32"))
     plain = case.forward({**tensors, "input": np.ones_like(tensors["input"])})
     got = case.forward({**tensors, "input": np.full_like(tensors["input"], value)})
@@ -180,7 +180,7 @@ def test_the_sum_over_infinite_pixels_is_infinite(case: RoiPooling, value: float
 
 @pytest.mark.parametrize("bad", [-1, 2, 0.5, np.nan, np.inf, -0.25, 1e30])
 @pytest.mark.parametrize("case", PLAIN, ids=str)
-def test_batch_index_out_of_range(case: RoiPooling, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_index_out_of_range(case: RoIPooling, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error on the CPU; on CUDA the roi yields 0 and gets no gradient, and nothing is read."""
     tensors, grad_output = dict(case.tensors("float32")), case.grad_output("float32")
     tensors["rois"] = tensors["rois"].copy()
@@ -245,7 +245,7 @@ def test_the_slope_is_0_where_a_position_is_clamped() -> None:
 
 @pytest.mark.usefixtures("any_device")
 @pytest.mark.parametrize("case", PLAIN, ids=str)
-def test_a_nan_pixel_stays_where_it_is(case: RoiPooling) -> None:
+def test_a_nan_pixel_stays_where_it_is(case: RoIPooling) -> None:
     tensors = case.tensors("float32")
     image = tensors["input"].copy()
     image[1] = np.nan
@@ -262,7 +262,7 @@ def test_a_nan_pixel_stays_where_it_is(case: RoiPooling) -> None:
 @pytest.mark.usefixtures("any_device")
 @pytest.mark.parametrize("batch", [2, 0])
 @pytest.mark.parametrize("case", PLAIN, ids=str)
-def test_no_rois(case: RoiPooling, batch: int) -> None:
+def test_no_rois(case: RoIPooling, batch: int) -> None:
     case = replace(case, rois=0)
     tensors = case.tensors()
     tensors = {**tensors, "input": tensors["input"][:batch]}
@@ -289,7 +289,7 @@ def test_output_sizes(size: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", PLAIN, ids=str)
-def test_batch_index_out_of_range_on_the_gpu(case: RoiPooling) -> None:
+def test_batch_index_out_of_range_on_the_gpu(case: RoIPooling) -> None:
     import cupy
 
     tensors = {n: cupy.asarray(t) for n, t in case.tensors("float32").items()}

@@ -29,9 +29,9 @@ def kernels() -> list[Kernel]:
 
 def forward(g: RoIPooling, out: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None) -> None:
     with launch.device(out) as device:
-        shifts = _fine(device, input, rois, offset, mask)
+        positions = _positions(device, input, rois, offset, mask)
         channels_last = _channels_last(g, input)
-        _launch(device, g, "pool", input, channels_last, 1, input, strides(input), *shifts, out, strides(out))
+        _launch(device, g, "pool", input, channels_last, 1, input, strides(input), *positions, out, strides(out))
 
 
 def backward(
@@ -39,13 +39,15 @@ def backward(
 ) -> None:
     grad_input, _, grad_offset, grad_mask = (*grads, None, None)[:4]
     with launch.device(grad_output) as device:
-        shifts = _fine(device, input, rois, offset, mask)
+        positions = _positions(device, input, rois, offset, mask)
         gradient = grad_output, strides(grad_output)
         if grad_input is not None:  # a bin's gradient / divisor * mask, times a sample's four weights, to its pixels
             sums = _input_sums(device, g, grad_input)
             sums[...] = 0
             channels_last = _channels_last(g, sums)
-            _launch(device, g, "pool_backward_input", input, channels_last, 1, *gradient, *shifts, sums, strides(sums))
+            _launch(
+                device, g, "pool_backward_input", input, channels_last, 1, *gradient, *positions, sums, strides(sums)
+            )
             if sums is not grad_input:
                 grad_input[...] = sums
         if grad_offset is not None or grad_mask is not None:  # a bin's own, which parts of several bins add up
@@ -55,7 +57,7 @@ def backward(
             channels_last = _channels_last(g, input)
             _launch(
                 device, g, "pool_backward_offset", input, channels_last, _LANES,
-                *gradient, input, strides(input), *shifts, offset_sums, mask_sums,
+                *gradient, input, strides(input), *positions, offset_sums, mask_sums,
             )  # fmt: skip
             if grad_offset is not offset_sums:
                 grad_offset[...] = _by_part(device, g, offset_sums)
@@ -63,8 +65,8 @@ def backward(
                 grad_mask[...] = mask_sums
 
 
-def _fine(device: Any, input: Any, *tensors: Any) -> list[Any]:
-    """Contiguous, of the type of positions and sums: no copy for contiguous ones of float32 or float64."""
+def _positions(device: Any, input: Any, *tensors: Any) -> list[Any]:
+    """rois, offset and mask: contiguous, of the type of positions and sums. Those that are so are not copied."""
     dtype = arithmetic(input)
     return [None if t is None else device.xp.ascontiguousarray(t, dtype) for t in tensors]
 

@@ -32,7 +32,7 @@ A race changes the result of the fast build only where the threads run in an ord
 from .build import kernel, unavailable
 from .configuration import settings
 from .errors import BuildError, EmulatorError
-from .launch import Kernel
+from .launch import Compiled
 from .memory import empty
 
-__all__ = ["BuildError", "EmulatorError", "Kernel", "empty", "kernel", "settings", "unavailable"]
+__all__ = ["BuildError", "Compiled", "EmulatorError", "empty", "kernel", "settings", "unavailable"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .configuration import current_settings
 from .errors import BuildError, EmulatorError
-from .launch import Kernel
+from .launch import Compiled
 
 INCLUDE = Path(__file__).resolve().parent / "include"
 RUNTIME = INCLUDE.with_name("runtime")
@@ -53,10 +53,10 @@ PROCESSOR = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsav
 DIGEST = 20  # characters
 LEFTOVER = 3600  # seconds: no build takes as long
 
-_kernels: dict[tuple, Kernel] = {}
+_kernels: dict[tuple, Compiled] = {}
 
 
-def kernel(source: Path, expression: str, *, include: Sequence[Path] = (), defines: Sequence[str] = ()) -> Kernel:
+def kernel(source: Path, expression: str, *, include: Sequence[Path] = (), defines: Sequence[str] = ()) -> Compiled:
     """The kernel `expression` (a function, or an instance of a template) of a `.cu`.
 
     It is compiled when first asked for, for the build that is in force now. Its directory and those of
@@ -74,7 +74,7 @@ def kernel(source: Path, expression: str, *, include: Sequence[Path] = (), defin
         _prepare(cache_folder())
         library = _build_kernel(source, expression, folders, tuple(defines), build)
         try:
-            _kernels[request] = Kernel(expression, library)
+            _kernels[request] = Compiled(expression, library)
         except OSError as error:  # such as a place that is mounted noexec
             raise EmulatorError(f"{library} does not load ({error}): set CUDCN_CACHE_DIR to another folder") from None
     return _kernels[request]

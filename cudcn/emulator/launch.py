@@ -53,7 +53,7 @@ class _LaunchConfig(ctypes.Structure):
 _launch_lock = threading.Lock()
 
 
-class Kernel:
+class Compiled:
     """One compiled kernel, called as `kernel(grid, block, arguments, shared_mem)`."""
 
     def __init__(self, expression: str, library: Path):

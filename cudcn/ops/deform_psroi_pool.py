@@ -94,7 +94,7 @@ def deform_psroi_pool(
     )  # fmt: skip
 
 
-class DeformPSRoiPoolGradients(NamedTuple):
+class DeformPSRoIPoolGradients(NamedTuple):
     """The gradients of `deform_psroi_pool`, each of its tensor's shape and dtype; None for rois, which have none."""
 
     input: Any
@@ -116,7 +116,7 @@ def deform_psroi_pool_backward(
     sample_per_part: int = 4,
     trans_std: float = 0.1,
     spatial_scale: float = 1.0,
-) -> DeformPSRoiPoolGradients:
+) -> DeformPSRoIPoolGradients:
     """The gradients of `sum(grad_output * deform_psroi_pool(...))`; None for rois, and for what is None.
 
     `grad_output` has the output's shape and dtype; the rest is as in `deform_psroi_pool`. The offset's gradient is the
@@ -185,7 +185,7 @@ def _geometry(
 OP = Op(
     deform_psroi_pool,
     deform_psroi_pool_backward,
-    DeformPSRoiPoolGradients,
+    DeformPSRoIPoolGradients,
     _canonical,
     _geometry,
     cpu,

@@ -83,7 +83,7 @@ def deform_roi_pool(
     )  # fmt: skip
 
 
-class DeformRoiPoolGradients(NamedTuple):
+class DeformRoIPoolGradients(NamedTuple):
     """The gradients of `deform_roi_pool`, each of its tensor's shape and dtype; None for rois, which have none."""
 
     input: Any
@@ -103,7 +103,7 @@ def deform_roi_pool_backward(
     spatial_scale: float = 1.0,
     sampling_ratio: int = 0,
     gamma: float = 0.1,
-) -> DeformRoiPoolGradients:
+) -> DeformRoIPoolGradients:
     """The gradients of `sum(grad_output * deform_roi_pool(...))`; None for rois, and for what is None.
 
     `grad_output` has the output's shape and dtype; the rest is as in `deform_roi_pool`. The offset's gradient is the
@@ -144,7 +144,7 @@ def _geometry(
 OP = Op(
     deform_roi_pool,
     deform_roi_pool_backward,
-    DeformRoiPoolGradients,
+    DeformRoIPoolGradients,
     _canonical,
     _geometry,
     cpu,

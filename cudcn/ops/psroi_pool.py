@@ -66,7 +66,7 @@ def psroi_pool(
     return OP(input, rois, output_size=output_size, group_size=group_size, spatial_scale=spatial_scale)
 
 
-class PSRoiPoolGradients(NamedTuple):
+class PSRoIPoolGradients(NamedTuple):
     """The gradients of `psroi_pool`, each of its tensor's shape and dtype; None for rois, which have none."""
 
     input: Any
@@ -81,7 +81,7 @@ def psroi_pool_backward(
     output_size: Pair,
     group_size: Pair | None = None,
     spatial_scale: float = 1.0,
-) -> PSRoiPoolGradients:
+) -> PSRoIPoolGradients:
     """The gradients of `sum(grad_output * psroi_pool(...))`.
 
     `grad_output` has the output's shape and dtype; the rest is as in `psroi_pool`. On the CPU the result is
@@ -114,7 +114,7 @@ def _geometry(
 OP = Op(
     psroi_pool,
     psroi_pool_backward,
-    PSRoiPoolGradients,
+    PSRoIPoolGradients,
     _canonical,
     _geometry,
     cpu,

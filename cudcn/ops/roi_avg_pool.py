@@ -61,7 +61,7 @@ def roi_avg_pool(input: Any, rois: Any, *, output_size: Pair, spatial_scale: flo
     return OP(input, rois, output_size=output_size, spatial_scale=spatial_scale)
 
 
-class RoiAvgPoolGradients(NamedTuple):
+class RoIAvgPoolGradients(NamedTuple):
     """The gradients of `roi_avg_pool`, each of its tensor's shape and dtype; None for rois, which have none."""
 
     input: Any
@@ -70,7 +70,7 @@ class RoiAvgPoolGradients(NamedTuple):
 
 def roi_avg_pool_backward(
     grad_output: Any, input: Any, rois: Any, *, output_size: Pair, spatial_scale: float = 1.0
-) -> RoiAvgPoolGradients:
+) -> RoIAvgPoolGradients:
     """The gradients of `sum(grad_output * roi_avg_pool(...))`.
 
     `grad_output` has the output's shape and dtype; the rest is as in `roi_avg_pool`. On the CPU the result is
@@ -94,7 +94,7 @@ def _geometry(specs: tuple[Any, ...], *, output_size: tuple[int, int], spatial_s
 OP = Op(
     roi_avg_pool,
     roi_avg_pool_backward,
-    RoiAvgPoolGradients,
+    RoIAvgPoolGradients,
     _canonical,
     _geometry,
     cpu,

@@ -14,7 +14,7 @@ from .case import Case, Tensors
 
 
 @dataclass(frozen=True)
-class RoiPooling(Case):
+class RoIPooling(Case):
     batch: int = 2
     channels: int = 3  # of the output
     size: tuple[int, int] = (8, 9)
@@ -57,12 +57,12 @@ class RoiPooling(Case):
 
 
 @dataclass(frozen=True)
-class RoiAvgPool(RoiPooling):
+class RoIAvgPool(RoIPooling):
     op = roi_avg_pool.OP
 
 
 @dataclass(frozen=True)
-class PSRoiPool(RoiPooling):
+class PSRoIPool(RoIPooling):
     group_size: Any = None
 
     op = psroi_pool.OP
@@ -77,7 +77,7 @@ class PSRoiPool(RoiPooling):
 
 
 @dataclass(frozen=True)
-class DeformRoiPool(RoiPooling):
+class DeformRoIPool(RoIPooling):
     sampling_ratio: int = 2
     gamma: float = 0.1
     offset: bool = True
@@ -103,7 +103,7 @@ class DeformRoiPool(RoiPooling):
 
 
 @dataclass(frozen=True)
-class DeformPSRoiPool(RoiPooling):
+class DeformPSRoIPool(RoIPooling):
     group_size: Any = 1
     part_size: Any = None
     classes: int = 1
@@ -137,36 +137,36 @@ class DeformPSRoiPool(RoiPooling):
         }
 
 
-CASES: list[RoiPooling] = [
-    RoiAvgPool("plain"),
-    RoiAvgPool("channels last", channels=40, batch=1, channels_last=True, output_size=4),
-    RoiAvgPool("one pixel", batch=1, channels=1, size=(1, 1), rois=2, output_size=1, spatial_scale=1.0),
-    PSRoiPool("plain"),
-    PSRoiPool("more groups than bins", group_size=(2, 5), batch=3, channels=2, spatial_scale=0.25),
-    PSRoiPool("fewer groups than bins", group_size=2, output_size=(5, 4), channels_last=True),
-    DeformRoiPool("plain"),
-    DeformRoiPool("adaptive", sampling_ratio=0, channels_last=True, output_size=2, rois=5),
-    DeformRoiPool("without offset", offset=False, sampling_ratio=3, spatial_scale=0.3),
-    DeformRoiPool("without mask", mask=False, channels=20, gamma=0.3),
-    DeformRoiPool("many channels", channels=70, channels_last=True, batch=1, size=(4, 5), rois=3, output_size=(1, 2)),
-    DeformRoiPool("one row", batch=1, channels=1, size=(1, 2), rois=3, spatial_scale=1.0, output_size=1),
-    DeformRoiPool("far offsets", reach=6.0, sampling_ratio=-1, rois=6),
-    DeformPSRoiPool("plain"),
-    DeformPSRoiPool("groups", group_size=(3, 2), channels=2, mask=False),
-    DeformPSRoiPool("fewer parts", output_size=(4, 5), part_size=(2, 3), group_size=2, classes=2, channels=4),
-    DeformPSRoiPool("more parts", part_size=5, classes=3, sample_per_part=3, channels_last=True),
-    DeformPSRoiPool("without offset", offset=False, classes=3, spatial_scale=0.3),
-    DeformPSRoiPool("far offsets", reach=6.0, rois=6, trans_std=0.2),
+CASES: list[RoIPooling] = [
+    RoIAvgPool("plain"),
+    RoIAvgPool("channels last", channels=40, batch=1, channels_last=True, output_size=4),
+    RoIAvgPool("one pixel", batch=1, channels=1, size=(1, 1), rois=2, output_size=1, spatial_scale=1.0),
+    PSRoIPool("plain"),
+    PSRoIPool("more groups than bins", group_size=(2, 5), batch=3, channels=2, spatial_scale=0.25),
+    PSRoIPool("fewer groups than bins", group_size=2, output_size=(5, 4), channels_last=True),
+    DeformRoIPool("plain"),
+    DeformRoIPool("adaptive", sampling_ratio=0, channels_last=True, output_size=2, rois=5),
+    DeformRoIPool("without offset", offset=False, sampling_ratio=3, spatial_scale=0.3),
+    DeformRoIPool("without mask", mask=False, channels=20, gamma=0.3),
+    DeformRoIPool("many channels", channels=70, channels_last=True, batch=1, size=(4, 5), rois=3, output_size=(1, 2)),
+    DeformRoIPool("one row", batch=1, channels=1, size=(1, 2), rois=3, spatial_scale=1.0, output_size=1),
+    DeformRoIPool("far offsets", reach=6.0, sampling_ratio=-1, rois=6),
+    DeformPSRoIPool("plain"),
+    DeformPSRoIPool("groups", group_size=(3, 2), channels=2, mask=False),
+    DeformPSRoIPool("fewer parts", output_size=(4, 5), part_size=(2, 3), group_size=2, classes=2, channels=4),
+    DeformPSRoIPool("more parts", part_size=5, classes=3, sample_per_part=3, channels_last=True),
+    DeformPSRoIPool("without offset", offset=False, classes=3, spatial_scale=0.3),
+    DeformPSRoIPool("far offsets", reach=6.0, rois=6, trans_std=0.2),
 ]
 PLAIN = [case for case in CASES if case.name == "plain"]  # one of each operator
 BY_NAME = {str(case): case for case in CASES}
 SMALL = [replace(case, rois=2, channels=min(case.channels, 6)) for case in CASES if "far" not in case.name]
 # for the adapters: pairs unequal, several classes; the last of each operator has all its tensors
 ADAPTED = [
-    RoiAvgPool("adapted", channels=2),
-    PSRoiPool("adapted", group_size=(2, 3), channels=2),
-    DeformRoiPool("adapted v1", mask=False, channels=2, sampling_ratio=0),
-    DeformRoiPool("adapted v2", channels=2, gamma=0.25),
-    DeformPSRoiPool("adapted v1", group_size=(3, 1), part_size=(2, 1), channels=2, mask=False),
-    DeformPSRoiPool("adapted v2", group_size=(1, 2), part_size=(2, 1), channels=2, classes=2),
+    RoIAvgPool("adapted", channels=2),
+    PSRoIPool("adapted", group_size=(2, 3), channels=2),
+    DeformRoIPool("adapted v1", mask=False, channels=2, sampling_ratio=0),
+    DeformRoIPool("adapted v2", channels=2, gamma=0.25),
+    DeformPSRoIPool("adapted v1", group_size=(3, 1), part_size=(2, 1), channels=2, mask=False),
+    DeformPSRoIPool("adapted v2", group_size=(1, 2), part_size=(2, 1), channels=2, classes=2),
 ]

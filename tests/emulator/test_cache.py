@@ -67,7 +67,7 @@ def cache(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.fixture
-def load(source: Path) -> Callable[[], emulator.Kernel]:
+def load(source: Path) -> Callable[[], emulator.Compiled]:
     return lambda: emulator.kernel(source, "twice", include=INCLUDE)
 
 

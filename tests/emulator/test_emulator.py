@@ -70,7 +70,7 @@ def small(tmp_path: Path) -> Callable:
     (tmp_path / "small.cu").write_text(SMALL_KERNELS)
     (tmp_path / "small.cuh").write_text("#define SCALE 2.0f\n#ifndef ELEMENTS\n#define ELEMENTS 64\n#endif\n")
 
-    def kernel(name: str, *defines: str) -> emulator.Kernel:
+    def kernel(name: str, *defines: str) -> emulator.Compiled:
         return emulator.kernel(tmp_path / "small.cu", name, include=INCLUDE, defines=defines)
 
     return kernel
