@@ -125,5 +125,5 @@ def test_missing_headers(failure: Callable, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_unknown_architecture(failure: Callable) -> None:
-    message = "deform_conv2d.cu does not compile for sm_8: nvrtc: error: invalid value for --gpu-architecture (-arch)"
+    message = ".cu does not compile for sm_8: nvrtc: error: invalid value for --gpu-architecture (-arch)"
     assert " ".join(failure("--arch", "sm_8").split()).endswith(message)

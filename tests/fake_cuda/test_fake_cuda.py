@@ -132,10 +132,10 @@ def test_capture_into_a_graph(case: Case, which: str) -> None:
     """The graph computes anew, from what its tensors hold when it is launched."""
     import cupy
 
-    tensors, grad_output = on_device(case)
     other = replace(case, name=f"{case.name} again")
     stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
+    with stream:  # from the first copy on: other streams would not wait for it
+        tensors, grad_output = on_device(case)
         passing(which, case, tensors, grad_output)  # compiles
         stream.begin_capture()
         try:
