@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test gpu lint clean
+.PHONY: demo test gpu lint oldest clean
 .NOTPARALLEL:  # all install into the one .venv
 
 demo: $(VENV)/demo
@@ -25,8 +25,14 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The CPU path on the lowest versions that pyproject.toml allows, in an environment of its own.
+oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install ml_dtypes pytest hypothesis $$($(PYTHON) -c "$$FLOORS")
+	$(VENV)-oldest/bin/python -m pytest tests/test_cpu_path.py tests/test_check.py tests/test_bad_input.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info
 
 # One stamp file per set of extras, older than pyproject.toml when that has changed. A .venv without pip is one that was
 # left half made, for want of Debian's python3-venv; making it once more completes it.
@@ -46,6 +52,12 @@ if sys.version_info < (3, 11):
     sys.exit(f"cudcn needs Python 3.11 or later, this is {sys.version.split()[0]}; another: make PYTHON=python3.12")
 endef
 
+define FLOORS
+import tomllib
+with open("pyproject.toml", "rb") as file:
+    print(*(need.replace(">=", "==") for need in tomllib.load(file)["project"]["dependencies"]))
+endef
+
 define GPU_NEEDS
 from importlib.util import find_spec
 import sys
@@ -59,4 +71,4 @@ if lacking:
         "  pip install --editable '.[torch,cuda13]' pytest hypothesis   (cuda12 beside a torch for CUDA 12)"
     )
 endef
-export RECENT GPU_NEEDS
+export RECENT FLOORS GPU_NEEDS

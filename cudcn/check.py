@@ -29,7 +29,7 @@ def _shown(value: Any) -> str:
 
 def integer(op: str, name: str, value: Any, least: int) -> int:
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool | np.bool_):  # NumPy 1 takes its own for numbers
             raise TypeError
         number = operator.index(value)
     except TypeError:
