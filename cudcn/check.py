@@ -16,6 +16,7 @@ Pair = int | Sequence[int]  # one number, or (h, w)
 Padding = int | Sequence[int] | Sequence[Sequence[int]]  # one number, (h, w), or ((top, bottom), (left, right))
 
 LARGEST = 2**31 - 1
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def _shown(value: Any) -> str:
@@ -40,14 +41,15 @@ def integer(op: str, name: str, value: Any, least: int) -> int:
 
 
 def finite(op: str, name: str, value: Any) -> float:
+    """A number that float32 holds too, as positions are float32 unless the data is float64."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {_shown(value)}")
     try:
         number = float(value)
     except OverflowError:  # of an int or a Fraction
         number = math.inf
-    if not -math.inf < number < math.inf:  # torch.compile cannot trace math.isfinite
-        raise ValueError(f"{op}: {name} must be finite in float64, got {_shown(value)}")
+    if not -_LARGEST_FLOAT32 <= number <= _LARGEST_FLOAT32:
+        raise ValueError(f"{op}: {name} must be finite in float32, got {_shown(value)}")
     return number
 
 

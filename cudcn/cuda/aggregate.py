@@ -140,13 +140,12 @@ def _source(g: Aggregation, dtype: type) -> np.ndarray:
     """What turns places into positions."""
     if isinstance(g, Attention):
         return _ATTENTION(points=g.points, pixels=g.pixels)
-    with np.errstate(over="ignore"):  # a scale beyond float32 is infinite, as on the CPU
-        return _WINDOWS[dtype](
-            scale=g.offset_scale, height=g.height, width=g.width, kernel_h=g.kernel[0],
-            left_out=g.points // 2 if g.remove_center else g.points,
-            stride_h=g.stride[0], stride_w=g.stride[1], top=g.padding[0], left=g.padding[1],
-            dilation_h=g.dilation[0], dilation_w=g.dilation[1], center_h=g.center[0], center_w=g.center[1],
-        )  # fmt: skip
+    return _WINDOWS[dtype](
+        scale=g.offset_scale, height=g.height, width=g.width, kernel_h=g.kernel[0],
+        left_out=g.points // 2 if g.remove_center else g.points,
+        stride_h=g.stride[0], stride_w=g.stride[1], top=g.padding[0], left=g.padding[1],
+        dilation_h=g.dilation[0], dilation_w=g.dilation[1], center_h=g.center[0], center_w=g.center[1],
+    )  # fmt: skip
 
 
 def _kernel(name: str, data: str, places: str, source: str, vector: int) -> Kernel:

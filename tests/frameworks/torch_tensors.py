@@ -11,6 +11,8 @@ import torch  # a test file that takes these is skipped where there is none
 from cases.case import Case, Tensors
 from frameworks.comparing import PLAIN
 
+import cudcn.torch  # noqa: F401  (which registers torch.ops.cudcn)
+
 
 def to_torch(array: Any) -> Any:
     if array is None:
