@@ -18,6 +18,36 @@ _CUDA = 2
 _CLASSES = {"torch": "Tensor", "numpy": "ndarray", "cupy": "ndarray", "jax": "Array"}
 
 
+def signature(tensors: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+    """All that the checks of a call look at; None if there is more to see than in plain arrays and numbers."""
+    of_cupy = getattr(sys.modules.get("cupy"), "ndarray", None)
+    seen: list[Any] = []
+    for tensor in tensors:
+        if type(tensor) is np.ndarray:
+            seen.append((tensor.shape, tensor.dtype))
+        elif of_cupy and type(tensor) is of_cupy:
+            seen.append((tensor.shape, tensor.dtype, tensor.data.device_id))
+        elif tensor is None:
+            seen.append(None)
+        else:
+            return None
+    for name, value in attributes.items():
+        plain = _plain(value)
+        if plain is None:
+            return None
+        seen.append((name, plain))
+    return tuple(seen)
+
+
+def _plain(value: Any) -> Any:
+    """`value` with its types, as 1, 1.0 and True are equal; None if it is not of Python's own."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        items = tuple(map(_plain, value))
+        return None if None in items else (kind, items)
+    return (kind, value) if kind in (bool, int, float, str) else None
+
+
 def framework(op: str, names: Mapping[str, bool], tensors: Sequence[Any], non_differentiable: Sequence[str]) -> str:
     """A module of _CLASSES, or 'dlpack'; TypeError unless all tensors agree, ValueError on devices.
 

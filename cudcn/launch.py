@@ -39,14 +39,22 @@ def address(array: Any) -> int:
 
 def addressable(array: Any) -> Any:
     """The array; a copy if its elements do not lie at whole steps of their size, in which kernels count."""
-    if array is None or not any(at % array.itemsize for at in (address(array), *array.strides)):
-        return array
-    return array.copy()
+    if array is not None:
+        size = array.itemsize
+        for step in (address(array), *array.strides):
+            if step % size:
+                return array.copy()
+    return array
 
 
 def strides(array: Any) -> np.ndarray:
     """`Strides` of bilinear.cuh: element strides of an (N, C, H, W) view, or zeros for None."""
-    n, c, y, x = (0, 0, 0, 0) if array is None else (s // array.itemsize for s in array.strides)
+    return _strides((0, 0, 0, 0), 1) if array is None else _strides(array.strides, array.itemsize)
+
+
+@functools.lru_cache(maxsize=1024)
+def _strides(strides: tuple[int, ...], itemsize: int) -> np.ndarray:
+    n, c, y, x = (stride // itemsize for stride in strides)
     return _STRIDES(n=n, c=c, y=y, x=x)
 
 
@@ -64,7 +72,14 @@ class _Cuda:
         self.empty = cupy.empty
 
     def launch(self, kernel: Kernel, grid: int, block: tuple[int, int], *args: Any) -> None:
+        # CuPy would read a struct's fields, which takes 15 us
+        args = tuple([a.view(_bytes(a.itemsize)) if type(a) is np.ndarray else a for a in args])
         _compiled(kernel, self.xp.cuda.runtime.getDevice())((grid,), block, args)
+
+
+@functools.cache
+def _bytes(count: int) -> np.dtype:
+    return np.dtype(("V", count))
 
 
 @functools.cache
@@ -97,9 +112,12 @@ def device(array: Any) -> Iterator[Any]:
     """The device that `array` lies on, made current."""
     if isinstance(array, np.ndarray):
         with np.errstate(all="ignore"):  # NaN and infinity pass through, as on a GPU
-            yield _Emulated()
+            yield _emulated()
     else:
-        if str(array.dtype) == "bfloat16" and np.lib.NumpyVersion(np.__version__) < "2.1.2":
+        if dtypes.of(array) is dtypes.DTYPES["bfloat16"] and np.lib.NumpyVersion(np.__version__) < "2.1.2":
             raise ImportError(f"bfloat16 CuPy arrays need NumPy 2.1.2 or later, this is {np.__version__}")
         with array.device:
-            yield _Cuda()
+            yield _cuda()
+
+
+_cuda, _emulated = functools.cache(_Cuda), functools.cache(_Emulated)

@@ -12,6 +12,8 @@ from typing import Any
 from . import dispatch, launch
 from .geometry import Spec
 
+_REMEMBERED = 1024  # geometries of one operator
+
 
 def specs(tensors: Iterable[Any]) -> tuple[Any, ...]:
     """A Spec for each tensor; None for one that is None."""
@@ -83,35 +85,56 @@ class Op:
     @functools.cached_property
     def known_geometry(self) -> Callable[..., Any]:
         """`geometry`, remembered: a model calls an operator with the same few shapes again and again."""
-        return functools.lru_cache(maxsize=1024)(self.geometry)
+        return functools.lru_cache(maxsize=_REMEMBERED)(self.geometry)
 
     def __call__(self, *tensors: Any, **attributes: Any) -> Any:
         """Run the operator on tensors of any framework."""
-        framework = dispatch.framework(self.name, self.tensors, tensors, self.non_differentiable)
-        attributes = self.canonical(**attributes)
-        if adapter := dispatch.adapter(framework):
-            return adapter.run(self, tensors, attributes)
-        arrays = [dispatch.array(self.name, name, t) for name, t in zip(self.tensors, tensors, strict=True)]
-        geometry = self.known_geometry(specs(arrays), **attributes)
-        out = dispatch.empty_like(arrays[0], geometry.output.shape)
-        self.forward(geometry, out, *arrays)
+        signature = dispatch.signature(tensors, attributes)
+        geometry = signature and self._checked.get(signature)
+        if geometry is None:
+            framework = dispatch.framework(self.name, self.tensors, tensors, self.non_differentiable)
+            attributes = self.canonical(**attributes)
+            if adapter := dispatch.adapter(framework):
+                return adapter.run(self, tensors, attributes)
+            given = zip(self.tensors, tensors, strict=True)
+            tensors = tuple([dispatch.array(self.name, name, tensor) for name, tensor in given])
+            geometry = self.known_geometry(specs(tensors), **attributes)
+            self._remember(signature, geometry)
+        out = dispatch.empty_like(tensors[0], geometry.output.shape)
+        self.forward(geometry, out, *tensors)
         return out
 
     def backward_of(self, *tensors: Any, **attributes: Any) -> Any:
         """The gradients of all tensors but the first, `grad_output`, on tensors of any framework."""
-        name = f"{self.name}_backward"
-        framework = dispatch.framework(name, self.backward_tensors, tensors, self.non_differentiable)
-        attributes = self.canonical(**attributes)
-        if adapter := dispatch.adapter(framework):
-            return self.gradients(*adapter.run_backward(self, tensors, attributes))
-        given = zip(self.backward_tensors, tensors, strict=True)
-        grad_output, *arrays = [dispatch.array(name, tensor_name, t) for tensor_name, t in given]
-        geometry = self.known_geometry(specs(arrays), **attributes)
-        self.check_grad_output(geometry, grad_output)
+        signature = dispatch.signature(tensors, attributes)
+        geometry = signature and self._checked.get(signature)
+        if geometry is None:
+            name = f"{self.name}_backward"
+            framework = dispatch.framework(name, self.backward_tensors, tensors, self.non_differentiable)
+            attributes = self.canonical(**attributes)
+            if adapter := dispatch.adapter(framework):
+                return self.gradients(*adapter.run_backward(self, tensors, attributes))
+            given = zip(self.backward_tensors, tensors, strict=True)
+            tensors = tuple([dispatch.array(name, tensor_name, tensor) for tensor_name, tensor in given])
+            geometry = self.known_geometry(specs(tensors[1:]), **attributes)
+            self.check_grad_output(geometry, tensors[0])
+            self._remember(signature, geometry)
+        grad_output, *arrays = tensors
         wanted = zip(arrays, self.differentiable(arrays), strict=True)
         grads = [dispatch.empty_like(a, a.shape) if want else None for a, want in wanted]
         self.backward(geometry, grads, grad_output, *arrays)
         return self.gradients(*grads)
+
+    @functools.cached_property
+    def _checked(self) -> dict[Any, Any]:
+        """The geometry of calls that have passed all checks, by their signature."""
+        return {}
+
+    def _remember(self, signature: Any, geometry: Any) -> None:
+        if len(self._checked) >= _REMEMBERED:
+            self._checked.clear()
+        if signature is not None:
+            self._checked[signature] = geometry
 
     def check_grad_output(self, geometry: Any, grad_output: Any) -> None:
         (got,) = specs([grad_output])

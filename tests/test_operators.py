@@ -12,7 +12,7 @@ from cases.case import DTYPES, HALVES, Case
 from every_case import agrees_with_float64, launched
 
 import cudcn
-from cudcn import emulator
+from cudcn import emulator, op
 
 every_operator = pytest.mark.parametrize("case", EACH, ids=lambda case: case.op.name)
 
@@ -70,3 +70,37 @@ def test_nothing_to_do(case: Case) -> None:
         if grad is not None:
             assert grad.shape == empty.tensors()[name].shape
             assert not np.any(grad)
+
+
+@pytest.mark.parametrize("wrong", [True, 1.0, "1", (1, True), [1, 1.0], (1, (1,)), np.True_, {1}], ids=repr)
+@pytest.mark.parametrize(
+    "case", [case for case in EACH if case.op.name != "ms_deform_attn"], ids=lambda case: case.op.name
+)
+def test_a_call_that_has_passed_lets_no_other_through(case: Case, wrong: object) -> None:
+    """Calls that look alike are checked once, and 1 == 1.0 == True."""
+    tensors = list(case.tensors("float32").values())
+    name = next(name for name, kind in case.op.attributes.items() if kind in ("Pair", "int"))
+
+    def outcome(value: object) -> object:
+        try:
+            return case.op.function(*tensors, **{**case.attributes, name: value}).shape
+        except (ValueError, TypeError) as error:
+            return str(error)
+
+    alone = outcome(wrong)
+    for passing in (1, (1, 1), [1, 1]):
+        outcome(passing)
+    assert isinstance(alone, str)
+    assert outcome(wrong) == alone
+
+
+@every_operator
+def test_no_more_calls_than_so_many_are_remembered(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_REMEMBERED", 2)
+    case.op._checked.clear()
+    tensors = list(case.tensors("float32").values())
+    for dtype in ("float32", "float64", "float16"):
+        tensors = list(case.tensors(dtype).values())
+        expected = case.op.function(*tensors, **case.attributes)
+        assert 1 <= len(case.op._checked) <= 2
+        np.testing.assert_array_equal(case.op.function(*tensors, **case.attributes), expected)
