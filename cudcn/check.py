@@ -23,8 +23,8 @@ def _shown(value: Any) -> str:
     """What an error says that it got: on one line, and not a page of digits."""
     try:
         text = " ".join(repr(value).split())
-    except ValueError:  # Python refuses to write an int of more than 4300 digits
-        return f"<{type(value).__name__} too long to show>"
+    except Exception:  # its __repr__'s own, or Python's, which writes no int of more than 4300 digits
+        return f"<{type(value).__name__} that cannot be shown>"
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 

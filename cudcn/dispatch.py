@@ -6,11 +6,13 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+from .dtypes import DTYPES
 
 _CPU = 1  # DLPack's device types
 _CUDA = 2
@@ -156,6 +158,18 @@ def array(op: str, name: str, tensor: Any) -> Any:
     except Exception as error:  # somebody else's code: it may raise anything
         hint = " (NumPy takes no bfloat16 by DLPack)" if on_cpu else ""
         raise TypeError(f"{op}: {name} must be readable by DLPack, but that failed{hint}: {error!r}") from error
+
+
+def constants(op: str, names: Iterable[str], tensors: Iterable[Any]) -> list[Any]:
+    """The tensors, NumPy's among them in the machine's byte order; TypeError if these hold no numbers."""
+    found = []
+    for name, tensor in zip(names, tensors, strict=True):
+        if isinstance(tensor, np.ndarray):
+            if tensor.dtype.kind not in "iuf" and str(tensor.dtype) not in DTYPES:
+                raise TypeError(f"{op}: {name} must be of integers or floats, got {tensor.dtype}")
+            tensor = tensor.astype(tensor.dtype.newbyteorder("="), copy=False)
+        found.append(tensor)
+    return found
 
 
 def cupy() -> ModuleType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +31,7 @@ def spread(flags: Iterable[Any], arrays: Iterable[Any]) -> list[Any]:
     return [next(rest) if flag else None for flag in flags]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Op:
     """A pair of raw functions and the rules around it.
 
@@ -56,36 +56,28 @@ class Op:
     may_be_float32: tuple[str, ...] = ()
     non_differentiable: tuple[str, ...] = ()
 
-    @property
-    def name(self) -> str:
-        return self.function.__name__
+    # What follows from the signature of `function`:
+    name: str = field(init=False)
+    tensors: dict[str, bool] = field(init=False)  # each one's name, and whether it can be left out
+    backward_tensors: dict[str, bool] = field(init=False)
+    attributes: dict[str, str] = field(init=False)  # each one's name and the name of its type
+    # `geometry`, remembered: a model calls an operator with the same few shapes again and again
+    known_geometry: Callable[..., Any] = field(init=False)
+    _checked: dict[Any, Any] = field(init=False, default_factory=dict)  # that of calls that have passed, by signature
 
-    @functools.cached_property
-    def tensors(self) -> dict[str, bool]:
-        """Each tensor's name, and whether it can be left out."""
+    def __post_init__(self) -> None:
         parameters = inspect.signature(self.function).parameters.values()
-        return {p.name: p.default is None for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
-
-    @functools.cached_property
-    def backward_tensors(self) -> dict[str, bool]:
-        return {"grad_output": False, **self.tensors}
-
-    @functools.cached_property
-    def attributes(self) -> dict[str, str]:
-        """Each attribute's name and the name of its type."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+        self.name = self.function.__name__
+        self.tensors = {p.name: p.default is None for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+        self.backward_tensors = {"grad_output": False, **self.tensors}
+        self.attributes = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+        self.known_geometry = functools.lru_cache(maxsize=_REMEMBERED)(self.geometry)
 
     def differentiable(self, tensors: Sequence[Any]) -> list[bool]:
         """Which tensors have a gradient."""
         return [
             t is not None and name not in self.non_differentiable for name, t in zip(self.tensors, tensors, strict=True)
         ]
-
-    @functools.cached_property
-    def known_geometry(self) -> Callable[..., Any]:
-        """`geometry`, remembered: a model calls an operator with the same few shapes again and again."""
-        return functools.lru_cache(maxsize=_REMEMBERED)(self.geometry)
 
     def __call__(self, *tensors: Any, **attributes: Any) -> Any:
         """Run the operator on tensors of any framework."""
@@ -125,11 +117,6 @@ class Op:
         self.backward(geometry, grads, grad_output, *arrays)
         return self.gradients(*grads)
 
-    @functools.cached_property
-    def _checked(self) -> dict[Any, Any]:
-        """The geometry of calls that have passed all checks, by their signature."""
-        return {}
-
     def _remember(self, signature: Any, geometry: Any) -> None:
         if len(self._checked) >= _REMEMBERED:
             self._checked.clear()
@@ -155,6 +142,8 @@ class Op:
 
     def backward(self, geometry: Any, grads: Sequence[Any], grad_output: Any, *tensors: Any) -> None:
         """Fill the `grads` that are not None."""
+        if all(grad is None for grad in grads):
+            return
         if not grad_output.size:
             for grad in grads:
                 if grad is not None:

@@ -70,7 +70,7 @@ class EveryCase:
 
 
 class EverySmallCase:
-    """The slower tests, of a few small cases."""
+    """The slowest test, of a few small cases."""
 
     @pytest.mark.usefixtures("emulated")
     def test_checking_build(self, case: Case) -> None:

@@ -37,6 +37,14 @@ def test_the_pair_is_public(op: Op) -> None:
         assert function.__doc__
 
 
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+@each
+def test_the_pair_is_bound_in_each_adapter(op: Op, framework: str) -> None:
+    adapter = importlib.import_module(f"cudcn.{framework}")
+    for name in op.name, f"{op.name}_backward":
+        assert getattr(adapter, name).__name__ == name
+
+
 @each
 def test_docstring_examples_run(op: Op) -> None:
     outcome = doctest.testmod(inspect.getmodule(op.function))

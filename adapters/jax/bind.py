@@ -55,12 +55,14 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def run(op: Op, tensors: Sequence[Any], attributes: dict[str, Any]) -> Any:
     """The operator on tensors and attributes that `Op` has checked."""
+    tensors = dispatch.constants(op.name, op.tensors, tensors)
     _check_integers(op.name, op.tensors, tensors)
     return _run(op, tuple(attributes.items()), *tensors)
 
 
 def run_backward(op: Op, tensors: Sequence[Any], attributes: dict[str, Any]) -> Sequence[Any]:
     """A gradient, or None, for each of the tensors after the first, which is `grad_output`."""
+    tensors = dispatch.constants(f"{op.name}_backward", op.backward_tensors, tensors)
     _check_integers(f"{op.name}_backward", op.backward_tensors, tensors)
     return _run_backward(op, tuple(attributes.items()), *tensors)
 

@@ -38,25 +38,35 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def run(op: Op, tensors: Sequence[Any], attributes: dict[str, Any]) -> Any:
     """The operator on tensors and attributes that `Op` has checked. torch.compile traces this."""
-    tensors = [as_tensor(t, like=tensors[0]) for t in tensors]
+    tensors = _as_tensors(op.name, op.tensors, tensors)
     return call(op, *_autocast(op, tensors), *attributes.values())
 
 
 def run_backward(op: Op, tensors: Sequence[Any], attributes: dict[str, Any]) -> list[Any]:
     """A gradient, or None, for each of the tensors after the first, which is `grad_output`."""
-    tensors = [as_tensor(t, like=tensors[0]) for t in tensors]
+    tensors = _as_tensors(f"{op.name}_backward", op.backward_tensors, tensors)
     needs = op.differentiable(tensors[1:])
     return spread(needs, call_backward(op, *tensors, *attributes.values(), needs))
+
+
+def _as_tensors(name: str, names: Iterable[str], tensors: Sequence[Any]) -> list[Any]:
+    if not torch.compiler.is_compiling():  # which takes NumPy's arrays for tensors
+        tensors = dispatch.constants(name, names, tensors)
+    return [as_tensor(t, like=tensors[0]) for t in tensors]
 
 
 def as_tensor(value: Any, like: torch.Tensor) -> Any:
     """A NumPy array, which a tensor without a gradient may be, as a tensor on the device of another."""
     if not isinstance(value, np.ndarray):
         return value
-    if not torch.compiler.is_compiling():  # which takes NumPy's arrays for tensors
-        value = value.astype(value.dtype.newbyteorder("="), copy=False)
     # a copy: torch refuses arrays that run backwards, and warns of those that are read-only
-    return torch.from_numpy(value.copy()).to(like.device)
+    return _tensor(value.copy()).to(like.device)
+
+
+def _tensor(value: np.ndarray) -> torch.Tensor:
+    if not torch.compiler.is_compiling() and value.dtype.kind == "V":  # bfloat16, which torch does not take from NumPy
+        return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(value)
 
 
 def _autocast(op: Op, tensors: Sequence[Any]) -> Sequence[Any]:

@@ -44,7 +44,7 @@ def dcnv3(
     or py >= H (px alike), or the offset is NaN or infinite, it is left out: it adds nothing and gets no gradient,
     even if its mask or grad_output is NaN. Any other sample takes all four pixels around it, so that a NaN counts at
     weight 0 too. The gradient of a position is the slope of the cell [floor(p), floor(p) + 1], at whole numbers too,
-    among them -1.
+    and at exactly -1, where there is no other gradient.
 
     Args:
         input: (N, H, W, C); float16, bfloat16, float32 or float64.
@@ -53,7 +53,7 @@ def dcnv3(
         mask: (N, H_out, W_out, group * P).
         kernel_size: an int or (h, w).
         stride: an int or (h, w).
-        padding: an int, (h, w), or ((top, bottom), (left, right)).
+        padding: an int, or (h, w), each of them an int or a pair: ((top, bottom), (left, right)).
         dilation: an int or (h, w).
         group: into how many groups the channels are split, each with its own offsets and mask.
         offset_scale: stretches the window, offsets included, about its middle.

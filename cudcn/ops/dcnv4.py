@@ -39,7 +39,7 @@ def dcnv4(
             group * 3 * P rounded up to a multiple of 8; what is left at the end is not read, and its gradient is 0.
         kernel_size: an int or (h, w).
         stride: an int or (h, w).
-        padding: an int, (h, w), or ((top, bottom), (left, right)).
+        padding: an int, or (h, w), each of them an int or a pair: ((top, bottom), (left, right)).
         dilation: an int or (h, w).
         group: into how many groups the channels are split, each with its own offsets and weights.
         offset_scale: stretches the window, offsets included, about its middle.

@@ -39,7 +39,8 @@ def deform_conv2d(
     left out: it adds nothing and gets no gradient, even if its mask or grad_output is NaN. (But products with the
     weights, and the weight's gradient, are matrix products, and 0 times NaN is NaN there.) Any other sample takes
     all four pixels around it, so that a NaN counts at weight 0 too. The gradient of a position is the slope of the
-    cell [floor(p), floor(p) + 1], at whole numbers too, among them -1.
+    cell [floor(p), floor(p) + 1], at whole numbers too, and at exactly -1, where there is no other
+    gradient.
 
     Args:
         input: (N, C_in, H, W); float16, bfloat16, float32 or float64.
@@ -49,7 +50,7 @@ def deform_conv2d(
         bias: (C_out,), or None.
         mask: (N, offset_groups * kh * kw, H_out, W_out), or None for all ones.
         stride: an int or (h, w).
-        padding: an int, (h, w), or ((top, bottom), (left, right)).
+        padding: an int, or (h, w), each of them an int or a pair: ((top, bottom), (left, right)).
         dilation: an int or (h, w).
         layout: "NCHW", or "NHWC" for channels last in input, offset, mask and output; weight stays as it is.
 

@@ -32,7 +32,8 @@ def ms_deform_attn(
     sample fades out over one pixel beyond the border. Where a position p, in pixels, is <= -1 or >= the level's
     size, NaN or infinite, it is left out: it adds nothing and gets no gradient, even if its weight or grad_output
     is NaN. Any other sample takes all four pixels around it, so that a NaN counts at weight 0 too. The gradient of
-    a position is the slope of the cell [floor(p), floor(p) + 1], at whole numbers too, among them -1.
+    a position is the slope of the cell [floor(p), floor(p) + 1], at whole numbers too, and at exactly -1, where
+    there is no other gradient.
 
     Args:
         value: (N, S, M, D), the pixels of all levels, for M heads; float16, bfloat16, float32 or float64.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from . import aggregate, deform_conv2d, pooling
+import importlib
+import pkgutil
+
 from .case import Case
 
-ADAPTED: list[Case] = [*deform_conv2d.ADAPTED, *pooling.ADAPTED, *aggregate.ADAPTED]
+_FAMILIES = [importlib.import_module(f"{__name__}.{file.name}") for file in pkgutil.iter_modules(__path__)]
+ADAPTED: list[Case] = [case for family in _FAMILIES for case in getattr(family, "ADAPTED", ())]
 EACH = list({case.op.name: case for case in ADAPTED}.values())  # one case per operator, its last

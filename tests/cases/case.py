@@ -21,7 +21,11 @@ Tensors = dict[str, Any]  # by name, None for one that is left out
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration of an operator. A subclass has its sizes as fields and says what the tensors are."""
+    """One configuration of an operator.
+
+    A subclass has its sizes as fields, among them `batch`, and says what the tensors are. `CASES` of a family's file
+    are tested by its own test file; `ADAPTED`, small ones, by all tests of every operator, the frameworks' too.
+    """
 
     name: str
     op: ClassVar[Op]

@@ -204,6 +204,27 @@ def test_numpy_constants(case: Case, x64: bool) -> None:
         case.close(batched[0], want, dtype)
 
 
+@pytest.mark.parametrize("case", [case for case in EACH if case.op.non_differentiable], ids=str)
+def test_numpy_constants_of_another_byte_order(case: Case) -> None:
+    given = tensors(case, "float32")
+    swapped = {n: case.tensors("float32")[n] for n in case.op.non_differentiable}
+    swapped = {n: t.astype(t.dtype.newbyteorder(">")) for n, t in swapped.items()}
+    assert_close(case.forward({**given, **swapped}), np.asarray(case.forward(given)))
+
+
+@pytest.mark.parametrize("dtype", [object, "U1", bool])
+@pytest.mark.parametrize("case", [case for case in EACH if case.op.non_differentiable], ids=str)
+def test_constants_are_numbers(case: Case, dtype: Any) -> None:
+    name = case.op.non_differentiable[0]
+    mixed = {**tensors(case, "float32"), name: np.zeros((2, 5), dtype)}
+    for which, call in (
+        (case.op.name, lambda: case.forward(mixed)),
+        (f"{case.op.name}_backward", lambda: case.backward(mixed, jnp.asarray(case.grad_output("float32")))),
+    ):
+        with pytest.raises(TypeError, match=f"{which}: {name} must be of integers or floats, got {np.dtype(dtype)}"):
+            call()
+
+
 def test_numpy_integers_that_jax_would_cut() -> None:
     case = by_name("ms_deform_attn")
     with jax.enable_x64(False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -381,6 +382,33 @@ def test_constants_of_numpy(case: Case, compiled: bool) -> None:
     raw = case.backward({n: t.detach() if isinstance(t, torch.Tensor) else t for n, t in mixed.items()}, grad_output)
     for name, got in raw.items():
         assert_close(got, wants[name])
+
+
+@pytest.mark.parametrize("dtype", [object, "U1", "M8[s]", bool, complex])
+@pytest.mark.parametrize("case", WITH_CONSTANTS, ids=str)
+def test_constants_are_numbers(case: Case, dtype: Any) -> None:
+    mixed = {**tensors(case), case.op.non_differentiable[0]: np.zeros((2, 5), dtype)}
+    rule = f"{case.op.non_differentiable[0]} must be of integers or floats, got {np.dtype(dtype)}"
+    with pytest.raises(TypeError, match=re.escape(f"{case.op.name}: {rule}")):
+        case.forward(mixed)
+    with pytest.raises(TypeError, match=re.escape(f"{case.op.name}_backward: {rule}")):
+        case.backward(mixed, to_torch(case.grad_output()))
+
+
+def test_a_constant_of_bfloat16() -> None:
+    case = next(case for case in WITH_CONSTANTS if "rois" in case.op.tensors)
+    given = {n: None if t is None else to_torch(t) for n, t in case.tensors("bfloat16").items()}
+    assert torch.equal(case.forward({**given, "rois": case.tensors("bfloat16")["rois"]}), case.forward(given))
+
+
+def test_a_first_call_may_be_compiled() -> None:
+    """In a process that has not imported cudcn.torch yet, whose first call is traced."""
+    code = (
+        "import torch, cudcn; f = torch.compile(lambda *t: cudcn.deform_conv2d(*t), fullgraph=True, backend='eager'); "
+        "print(f(torch.ones(1, 2, 4, 4), torch.zeros(1, 18, 2, 2), torch.ones(3, 2, 3, 3)).sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == str(4 * 3 * 18.0), done.stderr
 
 
 @pytest.mark.parametrize("case", WITH_CONSTANTS, ids=str)

@@ -1,4 +1,5 @@
-// CUDA's keywords and shared-memory declarations.
+// CUDA's keywords and shared-memory declarations. __noinline__ is not among them: libstdc++ uses the word as an
+// attribute's name.
 #pragma once
 
 // `inline` lets g++ skip the kernels of a file that nobody asked for.
@@ -9,7 +10,6 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __builtin_assume(condition) ((void)0)
 

@@ -9,7 +9,7 @@
 #define BUG(wrong, right) wrong
 #endif
 
-#define PLANTED __device__ __noinline__ void
+#define PLANTED __device__ __attribute__((noinline)) void
 
 // ---- global memory
 PLANTED read_past_end(const float *in, float *out, int count) {
