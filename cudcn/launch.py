@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +21,8 @@ WORKSPACE = 64 << 20  # bytes of scratch memory for one call, unless a single im
 LARGEST_GRID = 2**31 - 1
 
 
+_tf32: ContextVar[bool] = ContextVar("_tf32")
+
 _STRIDES = sources.Struct("bilinear.cuh", "Strides")
 
 
@@ -27,6 +31,21 @@ class Kernel(NamedTuple):
 
     source: str
     expression: str
+
+
+@contextlib.contextmanager
+def allow_tf32(allow: bool) -> Iterator[None]:
+    """Whether matrix products of float32 may round their factors to TF32, for what this thread calls meanwhile."""
+    token = _tf32.set(allow)
+    try:
+        yield
+    finally:
+        _tf32.reset(token)
+
+
+def tf32() -> bool:
+    """What `allow_tf32` says; else CuPy's own switch for its products."""
+    return _tf32.get(os.environ.get("CUPY_TF32") == "1")
 
 
 def ctype(array: Any) -> str:

@@ -9,7 +9,8 @@
 //     .each(row)                           row(r)(out, sum) of each of the thread's sums: row(r) is made once a row
 //   pipeline(steps, blocks, ..)            the loop: while one step is multiplied, the next one's tiles are filled
 //
-// Half types go to the tensor cores (bfloat16 from sm_80 on), the others are summed by FMAs in their own type.
+// Half types go to the tensor cores (bfloat16 from sm_80 on), and float where the caller calls it Tf32; the others are
+// summed by FMAs in their own type.
 //
 // float32 sums are made in runs, and of the runs: of n equal terms one running sum would lose up to n * 2**-25, they
 // lose some sqrt(n) * 2**-24. Products of half types have registers for that where they are LONG, and 128 x 64; the
@@ -22,6 +23,15 @@
 
 constexpr int THREADS = 256;
 constexpr int PARTS = 2;  // of a step
+
+// A float of which products take the upper 10 bits of the significand, to nearest, from sm_80 on.
+struct Tf32 {
+  float value;
+
+  Tf32() = default;
+  __device__ __forceinline__ explicit Tf32(float value) : value(value) {}
+  __device__ __forceinline__ operator float() const { return value; }
+};
 
 template <typename T> constexpr int WIDE = 16 / int(sizeof(T));   // elements of one load
 template <typename T> constexpr int DEPTH = 64 / int(sizeof(T));  // k of a step
@@ -154,6 +164,51 @@ template <typename T, int ROWS, int OUTS, bool TRANSPOSED> struct Fmas {
   }
 };
 
+template <typename T> struct HasTensorCores { static constexpr bool value = false; };
+template <> struct HasTensorCores<__half> { static constexpr bool value = true; };
+#if __CUDA_ARCH__ >= 800 || !defined(__CUDACC__)
+template <> struct HasTensorCores<__nv_bfloat16> { static constexpr bool value = true; };
+template <> struct HasTensorCores<Tf32> { static constexpr bool value = true; };
+#endif
+
+// One product of 16 x 8, 32 bytes of k deep; and what its factors need before it.
+template <typename T>
+__device__ __forceinline__ void multiply(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  mma_m16n8k16<T>(sums, a, b, sums);
+}
+template <typename T> __device__ __forceinline__ void prepare(unsigned (&)[4]) {}
+
+#if __CUDA_ARCH__ >= 800 || !defined(__CUDACC__)
+template <> __device__ __forceinline__ void multiply<Tf32>(float (&sums)[4], const unsigned (&a)[4],
+                                                           const unsigned (&b)[2]) {
+  mma_m16n8k8_tf32(sums, a, b, sums);
+}
+template <> __device__ __forceinline__ void prepare<Tf32>(unsigned (&registers)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) registers[i] = f32_to_tf32(__uint_as_float(registers[i]));
+}
+#endif
+
+// Two by two fragments of a tile, 8 rows by 16 bytes of k each, rows fastest, or, K_FASTEST, k. The tile has k last,
+// or, TRANSPOSED, first, in lines of `size` elements.
+template <typename T, bool TRANSPOSED, bool K_FASTEST>
+__device__ __forceinline__ void load_fragments(unsigned (&registers)[4], const T *tile, int size, int row, int k) {
+  const int lane = int(threadIdx.x) % 32, low = lane % 8, fast = lane / 8 % 2, slow = lane / 16;
+  const int rows = 8 * (K_FASTEST ? slow : fast), depth = WIDE<T> * (K_FASTEST ? fast : slow);
+  if constexpr (!TRANSPOSED) {
+    ldmatrix_x4(registers, tile + (row + rows + low) * LINE<T> + k + depth);
+  } else if constexpr (sizeof(T) == 2) {
+    ldmatrix_x4_trans(registers, tile + (k + depth + low) * (size + WIDE<T>) + row + rows);
+  } else {  // ldmatrix turns pairs of bytes
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = row + 8 * (K_FASTEST ? i / 2 : i % 2), d = k + WIDE<T> * (K_FASTEST ? i % 2 : i / 2);
+      registers[i] = __float_as_uint(float(tile[(d + lane % 4) * (size + WIDE<T>) + r + lane / 4]));
+    }
+  }
+  prepare<T>(registers);
+}
+
 // 4 x 2 warps, each with ROWS / 4 neighbouring rows and OUTS / 2 outs.
 template <typename T, int ROWS, int OUTS, bool TRANSPOSED, bool LONG> struct TensorCores {
   static constexpr int M = ROWS / 64, N = OUTS / 16;  // tiles of 16 x 8 of a warp
@@ -161,25 +216,20 @@ template <typename T, int ROWS, int OUTS, bool TRANSPOSED, bool LONG> struct Ten
   float sums[M][N][4] = {}, totals[RUNS ? M : 1][RUNS ? N : 1][4] = {};
 
   __device__ __forceinline__ void multiply(const T *a, const T *b, int part) {
-    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-    const int row = warp / 2 * (ROWS / 4), out = warp % 2 * (OUTS / 2), k = part * 16;
-    const int low = lane % 8, middle = lane / 8 % 2 * 8, high = lane / 16 * 8;
+    const int warp = int(threadIdx.x) / 32, k = part * (DEPTH<T> / PARTS);
+    const int row = warp / 2 * (ROWS / 4), out = warp % 2 * (OUTS / 2);
     unsigned as[M][4];
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-      if constexpr (TRANSPOSED) ldmatrix_x4_trans(as[m], a + (k + high + low) * (ROWS + 8) + row + m * 16 + middle);
-      else ldmatrix_x4(as[m], a + (row + m * 16 + middle + low) * LINE<T> + k + high);
-    }
+    for (int m = 0; m < M; ++m) load_fragments<T, TRANSPOSED, false>(as[m], a, ROWS, row + m * 16, k);
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
       unsigned bs[4];
-      if constexpr (TRANSPOSED) ldmatrix_x4_trans(bs, b + (k + middle + low) * (OUTS + 8) + out + n * 8 + high);
-      else ldmatrix_x4(bs, b + (out + n * 8 + high + low) * LINE<T> + k + middle);
+      load_fragments<T, TRANSPOSED, true>(bs, b, OUTS, out + n * 8, k);
       const unsigned left[2] = {bs[0], bs[1]}, right[2] = {bs[2], bs[3]};
 #pragma unroll
       for (int m = 0; m < M; ++m) {
-        mma_m16n8k16<T>(sums[m][n], as[m], left, sums[m][n]);
-        mma_m16n8k16<T>(sums[m][n + 1], as[m], right, sums[m][n + 1]);
+        ::multiply<T>(sums[m][n], as[m], left);
+        ::multiply<T>(sums[m][n + 1], as[m], right);
       }
     }
   }
@@ -220,12 +270,6 @@ template <typename T, int ROWS, int OUTS, bool TRANSPOSED, bool LONG> struct Ten
     }
   }
 };
-
-template <typename T> struct HasTensorCores { static constexpr bool value = false; };
-template <> struct HasTensorCores<__half> { static constexpr bool value = true; };
-#if __CUDA_ARCH__ >= 800 || !defined(__CUDACC__)
-template <> struct HasTensorCores<__nv_bfloat16> { static constexpr bool value = true; };
-#endif
 
 template <bool TENSOR_CORES> struct Choice {
   template <typename T, int ROWS, int OUTS, bool TRANSPOSED, bool LONG>

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases.case import DTYPES, HALVES, widened
+from cases.case import DTYPES, HALVES, error, widened
 from cases.deform_conv2d import BY_NAME, CASES, IMAGES, PLAIN, SMALL, DeformConv2d
 from engines import onnx_runtime, openvino
 from every_case import EveryCase, EverySmallCase, agrees_with_float64, launched
@@ -185,6 +185,27 @@ class TestEmulated:
     def test_more_than_one_tile(self, case: DeformConv2d, dtype: str) -> None:
         with emulator.settings(build="fast", order="random", seed=1):
             agrees_with_float64(case, dtype)
+
+    @pytest.mark.parametrize("build", ["fast", "check"])
+    def test_tf32(self, build: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """10 bits of each factor are left, rounded to nearest: 3e-4 of a sum, where truncation would leave 5e-4."""
+        case = TILED[0] if build == "fast" else BY_NAME["plain v2 NCHW"]
+        seen = launched(monkeypatch)
+        tensors, grad_output = case.tensors("float32"), case.grad_output("float32")
+        with launch.allow_tf32(True), emulator.settings(build=build, order="random"):
+            got = {"out": case.forward(tensors), **case.backward(tensors, grad_output)}
+        assert seen <= set(OP.cuda.kernels())
+        assert sum("Tf32" in kernel.expression for kernel in seen) == 4
+        monkeypatch.setenv("CUDCN_DEVICE", "cpu")
+        wanted = {"out": case.forward(widened(tensors)), **case.backward(widened(tensors), grad_output.astype(float))}
+        for name in set(wanted) - {"bias"}:
+            if wanted[name] is not None:
+                assert 1e-5 < error(got[name], wanted[name]) < 4e-4, name
+
+    def test_tf32_is_as_cupys(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for value, allowed in ("", False), ("0", False), ("1", True):
+            monkeypatch.setenv("CUPY_TF32", value)
+            assert launch.tf32() is allowed
 
     @pytest.mark.parametrize("dtype", HALVES)
     def test_checking_build_of_the_largest_tile(self, dtype: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cudcn import dispatch
+from cudcn import dispatch, launch
 from cudcn.cpu import parallel
 from cudcn.op import Op, specs, spread
 
@@ -172,10 +172,10 @@ def _refuse(name: str, names: Iterable[str], *arguments: Any) -> Any:
 
 @contextlib.contextmanager
 def _arrays(first: torch.Tensor, *others: torch.Tensor | None) -> Any:
-    """NumPy or CuPy views of the tensors; meanwhile torch's number of threads, stream and memory are ours too."""
+    """NumPy or CuPy views of the tensors; meanwhile torch's threads, TF32, stream and memory are ours too."""
     device = first.device
     if device.type == "cpu":
-        with parallel.limit(torch.get_num_threads()):
+        with parallel.limit(torch.get_num_threads()), launch.allow_tf32(_tf32()):
             yield [None if t is None else _numpy_view(t) for t in (first, *others)]
         return
     cupy = dispatch.cupy()
@@ -184,8 +184,14 @@ def _arrays(first: torch.Tensor, *others: torch.Tensor | None) -> Any:
     external = cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, stream)))
     # one pool for both: memory that CuPy's own pool kept would be lost to torch
     memory = partial(_torch_memory, device)
-    with cupy.cuda.Device(device.index), external, cupy.cuda.using_allocator(memory):
+    with cupy.cuda.Device(device.index), external, cupy.cuda.using_allocator(memory), launch.allow_tf32(_tf32()):
         yield [None if t is None else _cupy_view(t) for t in (first, *others)]
+
+
+def _tf32() -> bool:
+    """Torch's choice for its own matrix products, which has a new name since 2.9; asked by the old one it may raise."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 def _numpy_view(tensor: torch.Tensor) -> Any:

@@ -44,10 +44,11 @@ _PIXELS = sources.Struct("deform_conv2d_backward", "Pixels")
 def kernels() -> list[Kernel]:
     """Every instance that this operator can launch."""
     found = [_kernel(name, t) for name in ("pack", "sort", "add_splits") for t in DTYPES]
-    found += [_kernel("forward", t, outs) for t in DTYPES for outs in _outs(t)]
-    found += [_kernel("backward_input", t, outs) for t in DTYPES for outs in _outs(t)]
+    for name in ("forward", "backward_input"):
+        found += [_kernel(name, t, outs) for t in DTYPES for outs in _outs(t)] + [_kernel(name, "tf32", 64)]
     for name in ("backward_offset", "backward_weight"):
         found += [_kernel(name, t, grouped) for t in DTYPES for grouped in (False, True)]
+        found.append(_kernel(name, "tf32", False))
     return found + [_pixel_sums(*pair) for t in DTYPES for pair in {(t, "float64"), ("float64", t)}]
 
 
@@ -131,6 +132,7 @@ class _Call:
     def __init__(self, g: Convolution, device: Any, input: Any, offset: Any, mask: Any) -> None:
         self.g, self.device = g, device
         self.dtype, self.sums = str(input.dtype), arithmetic(input)
+        self.factors = self.dtype  # of the products
         self.offset, self.mask = offset, mask
         self.group_channels, self.group_outs = g.channels // g.groups, g.out_channels // g.groups
         # A part is channels of one group and one offset group. A bundle is outs that share a product: those of a group,
@@ -144,6 +146,8 @@ class _Call:
         else:
             part = math.gcd(self.group_channels, in_offset_group)
             self.bundles = g.groups
+            if self.dtype == "float32" and launch.tf32():
+                self.factors = "tf32"
         self.bundle_outs = g.out_channels // self.bundles
         self.input_rows = _Rows(device, g.channels // part, part, input.itemsize)
         self.output_rows = _Rows(device, self.bundles, self.bundle_outs, input.itemsize)
@@ -199,7 +203,7 @@ class _Call:
         parts = self.input_rows.parts // self.bundles
         outs = self._tile(self.bundle_outs, parts * self.g.taps * self.input_rows.depth)
         grid = self._pixel_tiles(images) * self.bundles * (self._out_tiles(outs) if outs else 1)
-        kernel = _kernel("forward", self.dtype, outs)
+        kernel = _kernel("forward", self.factors, outs)
         self.device.launch(
             kernel, grid, (_THREADS, 1), input, *self._places(images), weight, bias, out, strides(out),
             self._convolution(images),
@@ -212,7 +216,7 @@ class _Call:
         grad_offset, grad_mask = (None if grad is None else grad[images] for grad in (grad_offset, grad_mask))
         grid = self._pixel_tiles(images) * self.g.offset_groups * self.g.taps
         self.device.launch(
-            _kernel("backward_offset", self.dtype, self.grouped), grid, (_THREADS, 1), *rows, *self._places(images),
+            _kernel("backward_offset", self.factors, self.grouped), grid, (_THREADS, 1), *rows, *self._places(images),
             turned, grad_offset, strides(grad_offset), grad_mask, strides(grad_mask), self._convolution(images),
         )  # fmt: skip
 
@@ -235,7 +239,7 @@ class _Call:
         outs = self._tile(self.input_rows.part, g.taps * self.output_rows.depth)
         tiles = self.input_rows.parts * (ceil_div(self.input_rows.part, outs) if outs else 1)
         grid = ceil_div(count * g.height * g.width, _ROWS) * tiles
-        kernel = _kernel("backward_input", self.dtype, outs)
+        kernel = _kernel("backward_input", self.factors, outs)
         arguments = grad_output, starts, records, turned, grad_input, strides(grad_input)
         # float16 sums over many samples may overflow: the second launch makes those blocks again, scaled down.
         overflows = device.empty((grid,), np.int32) if self.dtype == "float16" else None
@@ -262,7 +266,7 @@ class _Call:
             end = min(pixels, first + most * run)
             splits = ceil_div(end - first, run)
             self.device.launch(
-                _kernel("backward_weight", self.dtype, self.grouped), splits * tiles, (_THREADS, 1), *rows,
+                _kernel("backward_weight", self.factors, self.grouped), splits * tiles, (_THREADS, 1), *rows,
                 *self._places(images), partial, self._convolution(images), _SPLITS(first=first, end=end, run=run),
             )  # fmt: skip
             weights = _WEIGHTS(
@@ -313,7 +317,8 @@ def _outs(dtype: str) -> tuple[int, ...]:
 
 
 def _kernel(name: str, dtype: str, *arguments: int) -> Kernel:
-    template = ", ".join([DTYPES[dtype].ctype, *(str(a).lower() for a in arguments)])
+    ctype = "Tf32" if dtype == "tf32" else DTYPES[dtype].ctype
+    template = ", ".join([ctype, *(str(a).lower() for a in arguments)])
     return Kernel(_SOURCES.get(name, "deform_conv2d_backward"), f"deform_conv2d_{name}<{template}>")
 
 

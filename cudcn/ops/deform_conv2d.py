@@ -57,7 +57,8 @@ def deform_conv2d(
     `groups` and `offset_groups` follow from the shapes. All tensors have one dtype, but beside half-precision
     data offset and mask may be float32. Positions and sums are float32 for half types (float64 for float64). On CUDA
     the factors of their matrix products are rounded to the data's type, too, among them samples times their mask
-    (which float16 must hold), for some 1.4 times the error of rounding the results alone.
+    (which float16 must hold), for some 1.4 times the error of rounding the results alone. Those of float32 are rounded
+    to TF32 where the caller has chosen so: with torch's `set_float32_matmul_precision`, or CuPy's CUPY_TF32=1.
 
     Returns:
         (N, C_out, H_out, W_out), of input's kind and dtype, with

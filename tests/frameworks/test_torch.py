@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import ADAPTED, EACH
-from cases.case import HALVES, Case
+from cases import ADAPTED, EACH, deform_conv2d
+from cases.case import HALVES, Case, error
 from frameworks.comparing import (
     PLAIN,
     assert_close,
@@ -399,6 +399,21 @@ def test_a_constant_of_bfloat16() -> None:
     case = next(case for case in WITH_CONSTANTS if "rois" in case.op.tensors)
     given = {n: None if t is None else to_torch(t) for n, t in case.tensors("bfloat16").items()}
     assert torch.equal(case.forward({**given, "rois": case.tensors("bfloat16")["rois"]}), case.forward(given))
+
+
+@pytest.mark.usefixtures("emulated")
+def test_tf32_is_torchs_choice() -> None:
+    case = deform_conv2d.BY_NAME["plain v2 NCHW"]
+    given = tensors(case, "float32", grad=False)
+    exact = case.forward(given)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        rounded = case.forward(given)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(case.forward(given), exact)
+    assert 1e-5 < error(rounded, exact) < 1e-3
 
 
 def test_a_first_call_may_be_compiled() -> None:
