@@ -93,7 +93,7 @@ class _Cuda:
     def launch(self, kernel: Kernel, grid: int, block: tuple[int, int], *args: Any) -> None:
         # CuPy would read a struct's fields, which takes 15 us
         args = tuple([a.view(_bytes(a.itemsize)) if type(a) is np.ndarray else a for a in args])
-        _compiled(kernel, self.xp.cuda.runtime.getDevice())((grid,), block, args)
+        compiled(kernel, self.xp.cuda.runtime.getDevice())((grid,), block, args)
 
 
 @functools.cache
@@ -102,7 +102,7 @@ def _bytes(count: int) -> np.dtype:
 
 
 @functools.cache
-def _compiled(kernel: Kernel, device: int) -> Any:
+def compiled(kernel: Kernel, device: int) -> Any:
     import cupy
 
     code = sources.text(kernel.source)

@@ -1,0 +1,56 @@
+"""`python -m cudcn warmup`."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from cases import EACH
+
+from cudcn import launch, nvrtc, warmup
+from cudcn.__main__ import main
+from cudcn.dtypes import DTYPES
+from cudcn.ops import OPS
+
+CASE = next(case for case in EACH if case.op.name == "roi_avg_pool")
+
+
+def test_every_kernel_is_of_some_dtype() -> None:
+    names = [op.name for op in OPS]
+    by_dtype = [warmup.kernels(names, [dtype]) for dtype in DTYPES]
+    assert sorted(kernel for kernels in by_dtype for kernel in kernels) == sorted(nvrtc.kernels())
+    assert all(by_dtype)
+
+
+@pytest.mark.gpu
+def test_calls_find_their_kernels_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cupy
+
+    launch.compiled.cache_clear()
+    report = io.StringIO()
+    count = warmup.warm_up([CASE.op.name], ["float16"], report)
+    lines = report.getvalue().splitlines()
+    assert len(lines) == count == launch.compiled.cache_info().misses
+    assert lines[-1].startswith(f"[{'#' * 30}] {count}/{count} ")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a kernel was compiled that should be in the cache")
+
+    launch.compiled.cache_clear()
+    monkeypatch.setattr("cupy.cuda.compiler._NVRTCProgram.compile", refuse)
+    arrays = {name: cupy.asarray(t) for name, t in CASE.tensors("float16").items()}
+    CASE.forward(arrays)
+    CASE.backward(arrays, cupy.asarray(CASE.grad_output("float16")))
+    assert 0 < launch.compiled.cache_info().misses <= count
+
+
+@pytest.mark.gpu
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+    monkeypatch.setattr(warmup, "warm_up", lambda *given: asked.append(given) or 7)
+    monkeypatch.setattr("sys.argv", ["cudcn", "warmup", "--op", "dcnv3", "--op", "dcnv4", "--dtype", "float16"])
+    main()
+    monkeypatch.setattr("sys.argv", ["cudcn", "warmup"])
+    main()
+    assert asked == [(["dcnv3", "dcnv4"], ["float16"]), ([op.name for op in OPS], list(DTYPES))]
+    assert capsys.readouterr().out == "7 kernels are ready\n" * 2
