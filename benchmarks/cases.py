@@ -71,24 +71,25 @@ class DeformConv2d(Case):
     width: int
     kernel: int = 3
     layout: str = "NCHW"
+    spread: float = 1.0
 
     operator = "deform_conv2d"
 
     def __str__(self) -> str:
         layout = "" if self.layout == "NCHW" else f" {self.layout}"
-        return f"{self.batch}x{self.channels}x{self.height}x{self.width}{layout}"
+        return f"{self.batch}x{self.channels}x{self.height}x{self.width}{layout}{_spread(self.spread)}"
 
     @property
     def attributes(self) -> dict[str, Any]:
         return {"padding": self.kernel // 2, "layout": self.layout}
 
     def tensors(self, seed: int = 0) -> Tensors:
-        """Offsets of about a pixel, masks in [0, 1]."""
+        """Offsets of about `spread` pixels, masks in [0, 1]."""
         random, taps = np.random.default_rng(seed), self.kernel**2
         scale = (self.channels * taps) ** -0.5
         return {
             "input": random.standard_normal(self._image(self.channels), np.float32),
-            "offset": random.standard_normal(self._image(2 * taps), np.float32),
+            "offset": self.spread * random.standard_normal(self._image(2 * taps), np.float32),
             "weight": scale * random.standard_normal((self.channels, self.channels, *[self.kernel] * 2), np.float32),
             "bias": random.standard_normal(self.channels, np.float32),
             "mask": random.random(self._image(taps), np.float32),
@@ -182,23 +183,25 @@ class DCNv3(Case):
     width: int
     channels: int
     group: int
+    spread: float = 1.0
 
     operator = "dcnv3"
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.height}x{self.width}x{self.channels}, {self.group} groups"
+        image = f"{self.batch}x{self.height}x{self.width}x{self.channels}"
+        return f"{image}, {self.group} groups{_spread(self.spread)}"
 
     @property
     def attributes(self) -> dict[str, Any]:
         return {"kernel_size": 3, "padding": 1, "group": self.group}
 
     def tensors(self, seed: int = 0) -> Tensors:
-        """Offsets of about a pixel."""
+        """Offsets of about `spread` pixels."""
         random, image = np.random.default_rng(seed), (self.batch, self.height, self.width)
         weights = np.exp(random.standard_normal((*image, self.group, 9), np.float32))
         return {
             "input": random.standard_normal((*image, self.channels), np.float32),
-            "offset": random.standard_normal((*image, self.group * 18), np.float32),
+            "offset": self.spread * random.standard_normal((*image, self.group * 18), np.float32),
             "mask": (weights / weights.sum(-1, keepdims=True)).reshape(*image, -1),
         }
 
@@ -225,6 +228,7 @@ class MSDeformAttn(Case):
     heads: int = 8
     dimensions: int = 32
     points: int = 4
+    spread: float = 2.0
 
     operator = "ms_deform_attn"
 
@@ -232,7 +236,7 @@ class MSDeformAttn(Case):
         largest = "x".join(map(str, self.levels[0]))
         return (
             f"batch {self.batch}, {len(self.levels)} levels from {largest}, {self.heads} heads of {self.dimensions}, "
-            f"{self.points} points"
+            f"{self.points} points{_spread(self.spread, 2)}"
         )
 
     @property
@@ -240,13 +244,15 @@ class MSDeformAttn(Case):
         return {}
 
     def tensors(self, seed: int = 0) -> Tensors:
-        """Sampling points a few pixels around."""
+        """Sampling points about `spread` pixels around."""
         random = np.random.default_rng(seed)
         shapes = np.array(self.levels, np.int64)
         sizes = shapes.prod(1)
         centres = np.concatenate([_centres(h, w) for h, w in self.levels])
         places = (self.batch, len(centres), self.heads, len(shapes), self.points)
-        shift = 2 * random.standard_normal((*places, 2), np.float32) / shapes[:, None, ::-1].astype(np.float32)
+        shift = (
+            self.spread * random.standard_normal((*places, 2), np.float32) / shapes[:, None, ::-1].astype(np.float32)
+        )
         weights = np.exp(random.standard_normal(places, np.float32))
         return {
             "value": random.standard_normal((self.batch, len(centres), self.heads, self.dimensions), np.float32),
@@ -255,6 +261,10 @@ class MSDeformAttn(Case):
             "sampling_locations": centres[:, None, None, None] + shift,
             "attention_weights": weights / weights.sum((-2, -1), keepdims=True),
         }
+
+
+def _spread(pixels: float, usual: float = 1) -> str:
+    return "" if pixels == usual else f", offsets of {pixels:g} pixels"
 
 
 def _centres(height: int, width: int) -> np.ndarray:

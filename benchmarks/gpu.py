@@ -6,7 +6,8 @@ Usage: python benchmarks/gpu.py [--quick] [--only OPERATOR] [--dry-run] [--folde
 it; "eager ms" is the wall-clock time of one of ten calls in a row, host included. The inputs rotate through
 several sets, more than the L2 cache holds. The floor of a row is the longer of its compulsory bytes at the
 speed of a large copy and of its matrix products' FLOPs at that of a large matmul of the same dtype (float32
-without TF32), both measured in the same run; "% of best" is that floor by the device's time.
+without TF32), both measured in the same run; "% of best" is that floor by the device's time. "peak MB" is the
+most memory that a call holds at a time beyond its inputs, results included.
 """
 
 from __future__ import annotations
@@ -50,11 +51,12 @@ DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 BATCH = 10  # calls queued behind one sleep of the device
 SLEEP = 30_000_000  # cycles, some 17 ms: longer than the host needs to queue a batch
 ROTATION = 192 << 20  # bytes of input sets to rotate through; an H100's L2 holds 50 MB
-FIELDS = ("device ms", "eager ms", "x cudcn", "floor ms", "% of best", "error")
+FIELDS = ("device ms", "eager ms", "x cudcn", "floor ms", "% of best", "peak MB", "error")
 
 # deform_conv2d: ResNet-50's 3x3 convolutions at 224x224 (DCN deforms the last three stages), and the 256 channels of a
 # detector's stride-8 pyramid level for two images of 800x1216, whose stride-4 level the RoIs are pooled from.
-# DCNv3 and DCNv4: the shapes of the DCNv4 paper. Attention: Deformable DETR's encoder at 800x1333.
+# DCNv3 and DCNv4: the shapes of the DCNv4 paper. Attention: Deformable DETR's encoder at 800x1333. One of each
+# once more with offsets that spread further, so that samples share fewer pixels.
 CONVOLUTIONS = [
     (32, 64, 56, 56),
     (32, 128, 28, 28),
@@ -69,15 +71,21 @@ AGGREGATES = [
     (64, 7, 7, 1024, 32),
     (64, 14, 14, 768, 24),
 ]
+LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))
+FAR = 4.0  # pixels
 CASES: list[Case] = [
     *(DeformConv2d(*size, layout=layout) for size in CONVOLUTIONS for layout in ("NCHW", "NHWC")),
+    DeformConv2d(*CONVOLUTIONS[1], spread=FAR),
     RoIAvgPool(2, 256, 200, 304, rois=1000),
     DeformRoIPool(2, 256, 200, 304, rois=1000),
     PSRoIPool(2, 49 * 21, 50, 76, rois=300),
     DeformPSRoIPool(2, 49 * 21, 50, 76, rois=300),
     *(DCNv3(*size) for size in AGGREGATES),
     *(DCNv4(*size) for size in AGGREGATES),
-    MSDeformAttn(2, ((100, 167), (50, 84), (25, 42), (13, 21))),
+    DCNv3(*AGGREGATES[0], spread=FAR),
+    DCNv4(*AGGREGATES[0], spread=FAR),
+    MSDeformAttn(2, LEVELS),
+    MSDeformAttn(2, LEVELS, spread=FAR),
 ]
 CHECKED: list[Case] = [
     DeformConv2d(2, 64, 14, 15),
@@ -226,8 +234,9 @@ def measure(
             device[name] += device_times(call, turn, grad)
             eager[name].append(eager_time(call, turn, grad))
         rounds += 1
-    for name in calls:
+    for name, (call, sets, grad) in calls.items():
         rows[name] |= {
+            "peak": peak_bytes(call, sets[0], grad),
             "device": median(device[name]),
             "least": min(device[name]),
             "eager": median(eager[name]),
@@ -253,6 +262,36 @@ def device_times(call: Call, turn: list[Tensors], grad: Any) -> list[float]:
         event.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(stop) for start, stop in pairwise(events)]
+
+
+def peak_bytes(call: Call, tensors: Tensors, grad: Any) -> int:
+    """The most that one call has allocated at a time, of torch's memory and of CuPy's."""
+    import torch
+
+    with of_cupy() as held:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(tensors, grad)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before + held.peak
+
+
+def of_cupy() -> Any:
+    """A hook that follows the memory of CuPy's pool; not of torch's, which the torch adapter makes CuPy take."""
+    import cupy
+
+    class Held(cupy.cuda.memory_hook.MemoryHook):
+        now = peak = 0
+
+        def malloc_postprocess(self, **given: Any) -> None:
+            self.now += given["mem_size"]
+            self.peak = max(self.peak, self.now)
+
+        def free_postprocess(self, **given: Any) -> None:
+            self.now -= given["mem_size"]
+
+    return Held()
 
 
 def eager_time(call: Call, turn: list[Tensors], grad: Any) -> float:
@@ -316,10 +355,11 @@ def cells(row: dict[str, Any], ours: float | None) -> list[str]:
     ratio = f"{row['device'] / ours:.2f}" if ours else ""
     times = [f"{row['device']:.3f}", f"{row['eager']:.3f}", ratio, f"{row['floor']:.3f}"]
     error = row["error"]
+    peak = f"{row['peak'] / 1e6:.1f}"
     if error is None:
-        return [*times[:3], "", "", "another operator"]
+        return [*times[:3], "", "", peak, "another operator"]
     error = f"{error:.1e}" if isinstance(error, float) else error[:40]
-    return [*times, f"{100 * row['floor'] / row['device']:.0f}", error]
+    return [*times, f"{100 * row['floor'] / row['device']:.0f}", peak, error]
 
 
 def verdict(results: list[dict[str, Any]], errors: Errors) -> int:
