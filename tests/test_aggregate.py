@@ -373,6 +373,18 @@ def test_a_nan_logit_is_its_querys_own(case: Any) -> None:
 
 
 @pytest.mark.usefixtures("any_device")
+def test_images_without_a_pixel() -> None:
+    """All samples are outside them."""
+    input, ones = np.ones((2, 0, 3, 4), np.float32), np.ones((2, 1, 5, 3), np.float32)
+    tensors, grad_output = (input, np.zeros((2, 1, 5, 2), np.float32), ones[..., :1]), np.ones((2, 1, 5, 4), np.float32)
+    attributes = {"kernel_size": 1, "padding": ((1, 0), (1, 1)), "group": 1}
+    assert not cudcn.dcnv3(*tensors, **attributes).any()
+    grads = cudcn.dcnv3_backward(grad_output, *tensors, **attributes)
+    assert not grads.offset.any()
+    assert not grads.mask.any()
+
+
+@pytest.mark.usefixtures("any_device")
 def test_nothing_to_do() -> None:
     for case in PLAIN:
         empty = replace(case, batch=0)
