@@ -27,9 +27,6 @@ __device__ __forceinline__ float saturated_difference(float a, float b) {
 }
 __device__ __forceinline__ double saturated_difference(double a, double b) { return min(max(a - b, 0.0), 1.0); }
 
-__device__ __forceinline__ int floor_int(float a) { return __float2int_rd(a); }  // saturates, 0 for NaN
-__device__ __forceinline__ int floor_int(double a) { return __double2int_rd(a); }
-
 // One axis of a sample's cell, in an image that goes on outside as its outermost pixels, but fades: with that no corner
 // needs a test. Beyond the first or last pixel both are this one, and share its weight: each half, since 0 times an
 // infinite pixel would be NaN.
@@ -74,8 +71,8 @@ aggregate_forward(const T *__restrict__ value, const O *__restrict__ places, con
   if (!SIMPLE && p.softmax) normalise(p, warp, m.rows);
 
   const bool chunks = !SIMPLE && p.held < p.samples;
-  const int vectors = p.channels / V, step_of_row = p.held | 1;  // odd, so that rows lie in different banks
-  for (int slab = 0; slab < vectors; slab += warp.lanes) {
+  const int vectors = p.channels / V;
+  for (int slab = 0; slab < vectors; slab += p.lanes) {
     const int vector = slab + warp.part;
     Sum<A> sums[V];
     for (int begin = 0; begin < (SIMPLE ? 1 : p.samples); begin += SIMPLE ? 1 : p.held) {
@@ -86,24 +83,21 @@ aggregate_forward(const T *__restrict__ value, const O *__restrict__ places, con
       __syncthreads();
 #pragma unroll 1
       for (int i = warp.lane; i < p.rows * p.held; i += 32) {
-        const int r = i * p.reciprocal >> 16, k = i - r * p.held, s = begin + k;
-        if (!SIMPLE && k >= count) continue;
-        const Row<T, O> &row = m.rows[r];
-        const O *place = step(row.places, s, 2 * sizeof(O));
-        A weight = A(__ldg(step(row.weights, s, sizeof(O))));
-        if (!SIMPLE && p.softmax) weight = exp(weight - row.peak) * row.scale;
-        const Map<A> map = source.map(table[k], row.y, row.x);
-        const Axis<A> y(map.origin_y + map.scale_y * A(__ldg(place + 1)), map.end_y, map.last_row);
-        const Axis<A> x(map.origin_x + map.scale_x * A(__ldg(place)), map.end_x, map.last_column);
+        const Held held(p, i);
+        if (!SIMPLE && held.k >= count) continue;
+        const Row<T, O> &row = m.rows[held.r];
+        const A weight = weight_of(row, begin + held.k, !SIMPLE && p.softmax);
+        const Position<A> position(source, table[held.k], row, begin + held.k);
+        const Map<A> &map = position.map;
+        const Axis<A> y(position.y, map.end_y, map.last_row), x(position.x, map.end_x, map.last_column);
         const A fade = y.fade * x.fade;
         const bool some = fade > A(0);
         const A all = some ? weight * fade : A(0);  // a weight may be NaN
         const A top = all * (A(1) - y.second), bottom = all * y.second, left = A(1) - x.second;
         const int at = map.first + y.first * map.columns + x.first;
         const int down = y.apart ? map.columns : 0, right = x.apart ? 1 : 0;
-        const int held = r * step_of_row + k;
-        m.corners[held] = {some ? at : OUTSIDE, at + right, at + down, at + down + right};
-        m.shares[held] = {top * left, top * x.second, bottom * left, bottom * x.second};
+        m.corners[held.at] = {some ? at : OUTSIDE, at + right, at + down, at + down + right};
+        m.shares[held.at] = {top * left, top * x.second, bottom * left, bottom * x.second};
       }
       __syncwarp();
       for (int r = vector < vectors ? warp.slot : p.rows; r < p.rows; r += p.slots) {
@@ -113,8 +107,9 @@ aggregate_forward(const T *__restrict__ value, const O *__restrict__ places, con
         }
         if (m.rows[r].image == nullptr) continue;
         const T *pixels = opaque(m.rows[r].image + vector * V);
-        const Four<int> *corners = m.corners + r * step_of_row;
-        const Four<A> *shares = m.shares + r * step_of_row;
+        const int first = Held::first(p, r);
+        const Four<int> *corners = m.corners + first;
+        const Four<A> *shares = m.shares + first;
 #pragma unroll 1
         for (const Four<int> *end = corners + count; corners < end; ++corners, ++shares) {
           const Four<int> at = *corners;

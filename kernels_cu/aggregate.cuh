@@ -38,8 +38,8 @@ struct Aggregate {
   int pixels, groups, channels, samples, softmax;
   int packed;            // places and weights are one tensor, and so are their gradients
   unsigned pixel_bytes;  // of all groups
-  int log_lanes;         // of a row
-  int rows, slots;       // of a warp, and those that it goes over at a time: 32 >> log_lanes
+  int lanes, log_lanes;  // of a row
+  int rows, slots;       // of a warp, and those that it goes over at a time: 32 / lanes
   int held;              // samples of a row that are held at a time
   int reciprocal;        // of `held`: i * reciprocal >> 16 is i / held for i < rows * held
 };
@@ -135,7 +135,6 @@ __device__ __forceinline__ double shuffled(double value, int distance) { return 
 
 struct Warp {
   int number, lane;  // the warp's in its block, and the thread's
-  int lanes;         // of a row
   int part, slot;    // which of them the thread is, and which of the rows at a time has it
   int group;
   unsigned first;    // of the warp's queries, in the order of their numbers
@@ -143,8 +142,7 @@ struct Warp {
   __device__ __forceinline__ explicit Warp(const Aggregate &p) {
     number = int(threadIdx.x) / 32;
     lane = int(threadIdx.x) % 32;
-    lanes = 1 << p.log_lanes;
-    part = lane & (lanes - 1);
+    part = lane & (p.lanes - 1);
     slot = lane >> p.log_lanes;
     const unsigned block = p.groups_of(blockIdx.x);
     group = int(blockIdx.x - block * p.groups);
@@ -178,15 +176,56 @@ __device__ __forceinline__ void normalise(const Aggregate &p, const Warp &warp, 
   for (int r = warp.slot; r < p.rows; r += p.slots) {
     const O *logits = rows[r].weights;
     A peak = A(logits[0]);
-    for (int s = warp.part; s < p.samples; s += warp.lanes) peak = max(peak, A(logits[s]));
-    for (int distance = warp.lanes / 2; distance > 0; distance /= 2) peak = max(peak, shuffled(peak, distance));
+    for (int s = warp.part; s < p.samples; s += p.lanes) peak = max(peak, A(logits[s]));
+    for (int distance = p.lanes / 2; distance > 0; distance /= 2) peak = max(peak, shuffled(peak, distance));
     Sum<A> sum;
-    for (int s = warp.part; s < p.samples; s += warp.lanes) sum.add(exp(A(logits[s]) - peak));
+    for (int s = warp.part; s < p.samples; s += p.lanes) sum.add(exp(A(logits[s]) - peak));
     A total = sum.value();
-    for (int distance = warp.lanes / 2; distance > 0; distance /= 2) total += shuffled(total, distance);
+    for (int distance = p.lanes / 2; distance > 0; distance /= 2) total += shuffled(total, distance);
     if (warp.part == 0) {
       rows[r].peak = peak;
       rows[r].scale = A(1) / total;
     }
   }
 }
+
+// ---- samples
+
+// The i-th of a warp's samples that are held: the k-th of those of row r.
+struct Held {
+  int r, k, at;
+
+  __device__ __forceinline__ Held(const Aggregate &p, int i) {
+    r = i * p.reciprocal >> 16;
+    k = i - r * p.held;
+    at = first(p, r) + k;
+  }
+
+  // Where those of a row begin: an odd number from row to row, so that they lie in different banks.
+  static __device__ __forceinline__ int first(const Aggregate &p, int r) { return r * (p.held | 1); }
+};
+
+// Where sample s of a row lies, in the image of its map.
+template <typename A> struct Position {
+  Map<A> map;
+  A y, x;
+
+  template <typename T, typename O, typename Source>
+  __device__ __forceinline__ Position(const Source &source, const typename Source::Shared &shared, const Row<T, O> &row,
+                                      int s)
+      : map(source.map(shared, row.y, row.x)) {
+    const O *place = step(row.places, s, 2 * sizeof(O));
+    y = map.origin_y + map.scale_y * A(__ldg(place + 1));
+    x = map.origin_x + map.scale_x * A(__ldg(place));
+  }
+};
+
+template <typename T, typename O>
+__device__ __forceinline__ arithmetic_t<T> weight_of(const Row<T, O> &row, int s, bool softmax) {
+  using A = arithmetic_t<T>;
+  const A weight = A(__ldg(step(row.weights, s, sizeof(O))));
+  return softmax ? exp(weight - row.peak) * row.scale : weight;
+}
+
+__device__ __forceinline__ int floor_int(float a) { return __float2int_rd(a); }  // saturates, 0 for NaN
+__device__ __forceinline__ int floor_int(double a) { return __double2int_rd(a); }

@@ -221,12 +221,6 @@ template <typename T, int ROWS, int OUTS, bool TRANSPOSED, bool LONG> struct Ten
   }
 };
 
-template <typename T> struct HasTensorCores { static constexpr bool value = false; };
-template <> struct HasTensorCores<__half> { static constexpr bool value = true; };
-#if __CUDA_ARCH__ >= 800 || !defined(__CUDACC__)
-template <> struct HasTensorCores<__nv_bfloat16> { static constexpr bool value = true; };
-#endif
-
 template <bool TENSOR_CORES> struct Choice {
   template <typename T, int ROWS, int OUTS, bool TRANSPOSED, bool LONG>
   using type = Fmas<T, ROWS, OUTS, TRANSPOSED>;

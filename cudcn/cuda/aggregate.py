@@ -7,7 +7,8 @@ See kernels_cu/aggregate.cuh.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from ..geometry import Aggregation, Attention, ceil_div
 from ..launch import Kernel, address, ctype
 
 _THREADS = sources.constant("aggregate.cuh", "THREADS")
+_WARPS = _THREADS // 32
 _STRIP = sources.constant("aggregate.cuh", "STRIP")
 _HELD = sources.constant("aggregate.cuh", "HELD")
 _DIVISOR = sources.Struct("aggregate.cuh", "Divisor").dtype
@@ -30,21 +32,20 @@ _BACKWARD = sources.Struct("aggregate_backward", "Aggregate")
 _BACKWARD_WINDOWS: dict[type, sources.Struct] = {
     dtype: sources.Struct("aggregate_backward", "Windows", A=dtype) for dtype in (np.float32, np.float64)
 }
-_MOST_ROWS = 32  # of a warp
 _RUN = 32  # samples that are summed in one run, if there are more than a warp holds at a time
 
 
 def kernels() -> list[Kernel]:
     """Every instance that these operators can launch."""
     types = [
-        (data.ctype, places.ctype, source, vector)
+        (data, (data.ctype, places.ctype, source))
         for data, places in dtypes.together(1)
         for source in ("Windows", "Attention")
-        for vector in _vectors(data.size)
     ]
     return [
-        *(_kernel("aggregate", "forward", *each, simple) for each in types for simple in ("true", "false")),
-        *(_kernel("aggregate_backward", "backward", *each) for each in types),
+        *(_kernel("aggregate_forward", *names, v, s) for d, names in types for v in _vectors(d.size) for s in (0, 1)),
+        *(_kernel("aggregate_backward", *names, v) for d, names in types for v in _vectors(d.size)),
+        *(_kernel("aggregate_backward_places", *names, v) for d, names in types for v in _places_vectors(d.size)),
     ]
 
 
@@ -55,25 +56,52 @@ def forward(g: Aggregation, out: Any, *tensors: Any) -> None:
             return
         call = _Call(g, device, tensors)
         target = call.target(out, out.dtype)
-        call.launch("forward", [], [target])
+        call.launch_forward(target)
         if target is not out:
             out[...] = target
 
 
 def backward(g: Aggregation, grads: Any, grad_output: Any, *tensors: Any) -> None:
+    if not g.pixels:
+        for grad in grads:
+            if grad is not None:
+                grad[...] = 0
+        return
     with launch.device(grad_output) as device:
         call = _Call(g, device, tensors)
-        wanted = [grads[0], *grads[-1 if g.packed else -2 :]]
-        sums = [arithmetic(tensors[0]), call.places.dtype, call.places.dtype]
-        targets = [call.target(grad, dtype) for grad, dtype in zip(wanted, sums, strict=False)]
-        if targets[0] is not None:
-            targets[0].fill(0)
-        if (unused := g.unused(*targets)) is not None:
-            unused[...] = 0
-        call.launch_backward([device.xp.ascontiguousarray(grad_output)], [*targets, None][:3])
-        for grad, target in zip(wanted, targets, strict=True):
-            if target is not grad:
-                grad[...] = target
+        gradient = device.xp.ascontiguousarray(grad_output)
+        if grads[0] is not None:
+            _backward_input(call, grads[0], gradient)
+        if any(grad is not None for grad in grads[1:]):
+            _backward_places(call, grads[-1 if g.packed else -2 :], gradient)
+
+
+def _backward_input(call: _Call, grad: Any, grad_output: Any) -> None:
+    target = call.target(grad, arithmetic(call.image))
+    target.fill(0)
+    call.launch_backward(grad_output, target)
+    if target is not grad:
+        grad[...] = target
+
+
+def _backward_places(call: _Call, grads: Any, grad_output: Any) -> None:
+    """Gradients of places and weights, or of the tensor that holds both."""
+    targets = [call.target(grad, call.places.dtype) for grad in grads]
+    if (unused := call.g.unused(None, *targets)) is not None:
+        unused[...] = 0
+    call.launch_backward_places(grad_output, [*targets, None][:2])
+    for grad, target in zip(grads, targets, strict=True):
+        if target is not grad:
+            grad[...] = target
+
+
+class _Split(NamedTuple):
+    """How a kernel's work is shared out."""
+
+    vector: int  # channels of a thread
+    lanes: int  # threads of a row
+    rows: int  # of a warp
+    held: int  # samples of a row that a warp holds at a time
 
 
 class _Call:
@@ -97,54 +125,55 @@ class _Call:
             return array
         return self.device.empty(array.shape, dtype)
 
-    def launch(self, name: str, inputs: list[Any], outputs: list[Any]) -> None:
-        vector = self._vector([self.image, *inputs, *outputs])
-        lanes = self._lanes(vector)
-        rows, held = self._rows(32 // lanes)
-        grid = self._grid(rows * _THREADS // 32, vector)
-        simple = "true" if held == self.samples and not self.g.softmax else "false"
-        kernel = _kernel("aggregate", name, *self._types(vector), simple)
-        source = _source(self.g, arithmetic(self.image))
-        self._launch(kernel, grid, (_THREADS, 1), inputs, outputs, source, self._aggregate(lanes, rows, held))
+    def launch_forward(self, target: Any) -> None:
+        split = self._split(_vectors, [self.image, target])
+        simple = split.held == self.samples and not self.g.softmax
+        self._launch("aggregate_forward", split, [], [target], int(simple))
 
-    def launch_backward(self, inputs: list[Any], outputs: list[Any]) -> None:
-        vector = self._vector([self.image, *inputs])
-        lanes = self._lanes(vector)
-        grid = self._grid(_THREADS // lanes, vector)
-        kernel = _kernel("aggregate_backward", "backward", *self._types(vector))
-        g = self.g
+    def launch_backward_places(self, grad_output: Any, targets: list[Any]) -> None:
+        split = self._split(_places_vectors, [self.image, grad_output])
+        self._launch("aggregate_backward_places", split, [grad_output], targets)
+
+    def launch_backward(self, grad_output: Any, target: Any) -> None:
+        g, split = self.g, self._split(_vectors, [self.image, grad_output])
         plan = _BACKWARD(
             **self._steps(), images=g.batch, height=g.queries[0], width=g.queries[1], pixels=g.pixels, groups=g.groups,
             channels=g.group_channels, samples=self.samples, softmax=g.softmax, packed=g.packed,
         )  # fmt: skip
-        source = _backward_source(g, arithmetic(self.image))
-        self._launch(kernel, grid, (lanes, _THREADS // lanes), inputs, outputs, source, plan)
-
-    def _launch(
-        self, kernel: Kernel, grid: int, block: tuple[int, int], inputs: Any, outputs: Any, *structs: np.ndarray
-    ) -> None:
         self.device.launch(
-            kernel, grid, block, *inputs, self.image, self.places, self.weights, *self.levels, *outputs, *structs
+            _kernel("aggregate_backward", *self._types(), split.vector),
+            self._grid(_THREADS // split.lanes, split.vector), (split.lanes, _THREADS // split.lanes),
+            grad_output, self.image, self.places, self.weights, *self.levels, target, None, None,
+            _backward_source(g, arithmetic(self.image)), plan,
+        )  # fmt: skip
+
+    def _launch(self, name: str, split: _Split, inputs: list[Any], outputs: list[Any], *template: int) -> None:
+        self.device.launch(
+            _kernel(name, *self._types(), split.vector, *template), self._grid(split.rows * _WARPS, split.vector),
+            (_THREADS, 1), *inputs, self.image, self.places, self.weights, *self.levels, *outputs,
+            _source(self.g, arithmetic(self.image)), self._aggregate(split),
+        )  # fmt: skip
+
+    def _types(self) -> tuple[str, str, str]:
+        return ctype(self.image), ctype(self.places), type(self.g).__name__
+
+    def _split(self, vectors: Callable[[int], dict[int, int]], arrays: list[Any]) -> _Split:
+        channels, size = self.g.group_channels, self.image.itemsize
+        vector, least = next(
+            (vector, lanes)
+            for vector, lanes in vectors(size).items()
+            if channels % (vector * lanes) == 0 and all(address(a) % (vector * size) == 0 for a in arrays)
         )
-
-    def _types(self, vector: int) -> tuple[str, str, str, int]:
-        return ctype(self.image), ctype(self.places), type(self.g).__name__, vector
-
-    def _lanes(self, vector: int) -> int:
-        """Threads of a row: one a vector of channels, as far as a warp goes; a power of two."""
-        return min(32, 1 << (ceil_div(self.g.group_channels, vector) - 1).bit_length())
-
-    def _rows(self, slots: int) -> tuple[int, int]:
-        """How many rows a warp has, which goes over `slots` at a time, and how many samples of each it holds.
-
-        As many rows as it can hold all samples of, to share what is done once a row or once a sample.
-        """
+        # a thread a vector of channels, as far as a warp goes; where four are at least needed, they are at most
+        lanes = least if least > 1 else min(32, 1 << (ceil_div(channels, vector) - 1).bit_length())
         capacity = _HELD * 4 // np.dtype(arithmetic(self.image)).itemsize
-        step = self.samples | 1  # of the rows in shared memory: an odd number, so that they lie in different banks
-        rows = slots
-        while rows < _MOST_ROWS and 2 * rows * step <= capacity:
+        step = self.samples | 1  # from row to row: see Held
+        # as many rows as all samples can be held of, to share what is done once a row or once for 32 samples
+        rows = 32 // lanes
+        while rows < 32 and 2 * rows * step <= capacity:
             rows *= 2
-        return rows, self.samples if rows * step <= capacity else min(_RUN, (capacity // rows - 1) | 1)
+        held = self.samples if rows * step <= capacity else min(_RUN, (capacity // rows - 1) | 1)
+        return _Split(vector, lanes, rows, held)
 
     def _grid(self, rows: int, vector: int) -> int:
         """The number of blocks of so many rows."""
@@ -160,24 +189,15 @@ class _Call:
             )
         return grid
 
-    def _vector(self, arrays: list[Any]) -> int:
-        """How many channels a thread carries."""
-        size = self.image.itemsize
-        return next(
-            v
-            for v in _vectors(size)
-            if self.g.group_channels % v == 0 and all(address(a) % (v * size) == 0 for a in arrays)
-        )
-
-    def _aggregate(self, lanes: int, rows: int, held: int) -> np.ndarray:
-        g = self.g
+    def _aggregate(self, split: _Split) -> np.ndarray:
+        g, (_, lanes, rows, held) = self.g, split
         height, width = g.queries
         return _AGGREGATE(
             **self._steps(), groups_of=_divisor(g.groups), queries_of=_divisor(height * width),
             strips_of=_divisor(min(_STRIP, height) * width), last_strip_of=_divisor(height % _STRIP or _STRIP),
             images=g.batch, height=height, width=width, pixels=g.pixels, groups=g.groups, channels=g.group_channels,
             samples=self.samples, softmax=g.softmax, packed=g.packed,
-            pixel_bytes=g.groups * g.group_channels * self.image.itemsize, log_lanes=lanes.bit_length() - 1, rows=rows,
+            pixel_bytes=g.groups * g.group_channels * self.image.itemsize, lanes=lanes, log_lanes=lanes.bit_length() - 1, rows=rows,
             slots=32 // lanes, held=held, reciprocal=2**16 // held + 1,
         )  # fmt: skip
 
@@ -202,9 +222,14 @@ def _divisor(number: int) -> tuple[int, int]:
     return ceil_div(2 ** (31 + shift), number), shift
 
 
-def _vectors(itemsize: int) -> list[int]:
-    """16 bytes, 4 bytes or one element."""
-    return sorted({16 // itemsize, max(1, 4 // itemsize), 1}, reverse=True)
+def _vectors(itemsize: int) -> dict[int, int]:
+    """How many channels a thread may carry, 16 bytes, 4 bytes or one element, and how many threads a row then needs."""
+    return dict.fromkeys(sorted({16 // itemsize, max(1, 4 // itemsize), 1}, reverse=True), 1)
+
+
+def _places_vectors(itemsize: int) -> dict[int, int]:
+    """Half types with 16 or 8 bytes go to the tensor cores, where a row has four threads."""
+    return {8: 4, 4: 4, 2: 1, 1: 1} if itemsize == 2 else _vectors(itemsize)
 
 
 def _source(g: Aggregation, dtype: type) -> np.ndarray:
@@ -237,5 +262,5 @@ def _not_below(number: int, dtype: Any) -> Any:
     return nearest if float(nearest) >= number else np.nextafter(nearest, dtype(np.inf))
 
 
-def _kernel(source: str, name: str, *template: str | int) -> Kernel:
-    return Kernel(source, f"aggregate_{name}<{', '.join(map(str, template))}>")
+def _kernel(name: str, *template: str | int) -> Kernel:
+    return Kernel("aggregate" if name == "aggregate_forward" else name, f"{name}<{', '.join(map(str, template))}>")
