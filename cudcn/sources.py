@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parent / "kernels_cu"
 if not FOLDER.is_dir():  # an editable install, or a checkout
     FOLDER = Path(__file__).resolve().parent.parent / "kernels_cu"
 
-_TYPES = {"int": np.int32, "long long": np.int64, "float": np.float32, "double": np.float64}
+_TYPES = {"int": np.int32, "unsigned": np.uint32, "long long": np.int64, "float": np.float32, "double": np.float64}
 
 
 def path(name: str) -> Path:
@@ -51,13 +51,13 @@ class Struct:
     array((60, 20, 5, 1), dtype=[('n', '<i8'), ('c', '<i8'), ('y', '<i8'), ('x', '<i8')])
     """
 
-    def __init__(self, name: str, symbol: str, **template: type) -> None:
-        """`template` has the type of each of the struct's template parameters."""
+    def __init__(self, name: str, symbol: str, **others: type | np.dtype) -> None:
+        """`others` are the types of fields that are not numbers: template parameters, and structs' dtypes."""
         self.name = symbol
         match = re.search(rf"\bstruct {symbol} {{\n(.*?)^}};", text(name), re.MULTILINE | re.DOTALL)
         if match is None:
             raise LookupError(f"{path(name).name} has no struct {symbol}")
-        types = {**_TYPES, **template}
+        types = {**_TYPES, **others}
         fields = []
         for kind, names in re.findall(r"^  (\w[\w ]*?) (\w+(?:, \w+)*);", match[1], re.MULTILINE):
             if kind not in types:

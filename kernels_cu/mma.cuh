@@ -17,6 +17,13 @@
 #pragma once
 #include "platform.cuh"
 
+// Whether mma_m16n8k16 takes a type.
+template <typename T> struct HasTensorCores { static constexpr bool value = false; };
+template <> struct HasTensorCores<__half> { static constexpr bool value = true; };
+#if __CUDA_ARCH__ >= 800 || !defined(__CUDACC__)
+template <> struct HasTensorCores<__nv_bfloat16> { static constexpr bool value = true; };
+#endif
+
 #if !defined(__CUDACC__)
 #include "emulator_mma.h"
 #else

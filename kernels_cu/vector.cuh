@@ -24,6 +24,22 @@ template <typename T, int V> struct Vector {
   __device__ __forceinline__ void set(int v, T element) { reinterpret_cast<T *>(&word)[v] = element; }
 };
 
+// A vector's elements as numbers to sum.
+template <typename T, typename A, int V> __device__ __forceinline__ void widen(const Vector<T, V> &from, A (&to)[V]) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) to[v] = A(from[v]);
+}
+
+// By whole words: a bfloat16 is the upper half of a float, and element by element it takes three instructions.
+template <> __device__ __forceinline__ void widen(const Vector<__nv_bfloat16, 8> &from, float (&to)[8]) {
+  const unsigned words[4] = {from.word.x, from.word.y, from.word.z, from.word.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    to[2 * w] = __uint_as_float(words[w] << 16);
+    to[2 * w + 1] = __uint_as_float(words[w] & 0xffff0000u);
+  }
+}
+
 // 16 bytes of memory that nobody writes meanwhile, zeros where nothing is to be read; without a branch, so that several
 // are on their way at once.
 template <typename T> __device__ __forceinline__ Vector<T, 16 / int(sizeof(T))> load_wide(const T *from, int valid) {

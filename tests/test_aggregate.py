@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases.aggregate import ATTENTION, BY_NAME, CASES, DCNV3, DCNV4, SMALL, Attention, DCNv3, DCNv4, Windows
-from cases.case import Case, error
+from cases.case import HALVES, Case, error
 from every_case import EveryCase, EverySmallCase, agrees_with_float64
 from hypothesis import given, settings, strategies as st
 from oracles import aggregate as oracle
@@ -67,6 +67,31 @@ class TestEmulated:
         case = DCNv4(f"{channels} channels", batch=1, size=(3, 3), channels=2 * channels, softmax=True)
         with emulator.settings(build="fast"):
             agrees_with_float64(case, dtype)
+
+    @pytest.mark.parametrize("channels", [16, 32, 48, 64])
+    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("build", ["fast", "check"])
+    def test_on_tensor_cores(self, build: str, dtype: str, channels: int) -> None:
+        """The gradients of places and weights, where a group has a multiple of 16 channels."""
+        case = DCNv4(f"{channels} channels", size=(3, 4), channels=2 * channels, softmax=channels == 48)
+        with emulator.settings(build=build, order="random"):
+            agrees_with_float64(case, dtype, ("offset_mask",))
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    @pytest.mark.parametrize("dtype", ["float16", "float32"])
+    def test_what_is_not_finite_reaches_its_own_samples(self, dtype: str, bad: float) -> None:
+        """In the image and in grad_output; a tensor core multiplies those of several rows at once."""
+        case = DCNv3("not finite", batch=1, size=(5, 5), channels=32, kernel=1, padding=0, group=1)
+        tensors, grad_output = case.tensors(dtype, ("offset", "mask")), case.grad_output(dtype).copy()
+        image = tensors["input"].copy()
+        image[0, 1, 3, 5] = grad_output[0, 2, 1, 7] = bad
+        got = case.backward({**tensors, "input": image}, grad_output)
+        with pytest.MonkeyPatch.context() as cpu:
+            cpu.setenv("CUDCN_DEVICE", "cpu")
+            want = case.backward({**tensors, "input": image}, grad_output)
+        for name in ("offset", "mask"):
+            assert 0 < np.isfinite(want[name]).sum() < want[name].size
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-3, atol=1e-3)
 
     def test_too_large_for_a_launch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch, "LARGEST_GRID", 1)
@@ -370,6 +395,18 @@ def test_a_nan_logit_is_its_querys_own(case: Any) -> None:
     out, want = (case.forward(t).reshape(-1, case.output_shape()[-1]) for t in (spoiled, tensors))
     assert np.isnan(out[0]).any()
     assert np.array_equal(out[1:], want[1:])
+
+
+@pytest.mark.usefixtures("any_device")
+def test_images_without_a_pixel() -> None:
+    """All samples are outside them."""
+    input, ones = np.ones((2, 0, 3, 4), np.float32), np.ones((2, 1, 5, 3), np.float32)
+    tensors, grad_output = (input, np.zeros((2, 1, 5, 2), np.float32), ones[..., :1]), np.ones((2, 1, 5, 4), np.float32)
+    attributes = {"kernel_size": 1, "padding": ((1, 0), (1, 1)), "group": 1}
+    assert not cudcn.dcnv3(*tensors, **attributes).any()
+    grads = cudcn.dcnv3_backward(grad_output, *tensors, **attributes)
+    assert not grads.offset.any()
+    assert not grads.mask.any()
 
 
 @pytest.mark.usefixtures("any_device")

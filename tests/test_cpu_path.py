@@ -216,6 +216,25 @@ def test_inside_all_corners_count(operator: type[OneSample]) -> None:
 
 
 @pytest.mark.usefixtures("any_device")
+@every_operator
+def test_infinite_pixels(operator: type[OneSample]) -> None:
+    """Those inside count, at weight 0 too, where they make NaN; beside the image nothing does."""
+    at = {
+        (1.5, 1.5): INF, (2, 2): NAN, (0, 0): NAN, (3, 3): INF, (3, 1.5): INF, (0.5, 3): INF, (3.5, 1): NAN,
+        (-0.5, 1.25): INF, (-0.5, -0.5): INF, (0, 3.5): NAN, (3.5, 3.5): INF, (1, -0.5): NAN,
+    }  # fmt: skip
+    out = operator(np.full((4, 4), INF, np.float32), places(*at), np.ones(16, np.float32)).forward()[: len(at)]
+    assert np.array_equal(out, list(at.values()), equal_nan=True)
+
+
+@pytest.mark.usefixtures("any_device")
+@every_operator
+def test_an_infinite_weight(operator: type[OneSample]) -> None:
+    weights = np.full(16, INF, np.float32)
+    assert np.array_equal(operator(image(), places(), weights).forward(), weights)
+
+
+@pytest.mark.usefixtures("any_device")
 def test_a_nan_logit_makes_its_query_nan() -> None:
     """Though it is that of a sample that is left out, unless all are."""
     locations = np.full((1, 4, 1, 1, 2, 2), 0.5, np.float32)

@@ -1,14 +1,14 @@
 """dcnv3, dcnv4 and ms_deform_attn on a GPU: one kernel makes the output, one all the gradients.
 
 Both read contiguous tensors, so that a thread can take 16 bytes at a time; others are copied first.
-See kernels_cu/aggregate.cu.
+See kernels_cu/aggregate.cuh.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,47 +18,90 @@ from ..dtypes import arithmetic
 from ..geometry import Aggregation, Attention, ceil_div
 from ..launch import Kernel, address, ctype
 
-_THREADS = sources.constant("aggregate", "THREADS")
-_AGGREGATE = sources.Struct("aggregate", "Aggregate")
+_THREADS = sources.constant("aggregate.cuh", "THREADS")
+_WARPS = _THREADS // 32
+_STRIP = sources.constant("aggregate.cuh", "STRIP")
+_HELD = sources.constant("aggregate.cuh", "HELD")
+_DIVISOR = sources.Struct("aggregate.cuh", "Divisor").dtype
+_AGGREGATE = sources.Struct("aggregate.cuh", "Aggregate", Divisor=_DIVISOR)
 _WINDOWS: dict[type, sources.Struct] = {
-    dtype: sources.Struct("aggregate", "Windows", A=dtype) for dtype in (np.float32, np.float64)
+    dtype: sources.Struct("aggregate.cuh", "Windows", A=dtype, Divisor=_DIVISOR) for dtype in (np.float32, np.float64)
 }
-_ATTENTION = sources.Struct("aggregate", "Attention")
+_ATTENTION = sources.Struct("aggregate.cuh", "Attention")
+_BACKWARD = sources.Struct("aggregate_backward", "Aggregate")
+_BACKWARD_WINDOWS: dict[type, sources.Struct] = {
+    dtype: sources.Struct("aggregate_backward", "Windows", A=dtype) for dtype in (np.float32, np.float64)
+}
+_RUN = 32  # samples that are summed in one run, if there are more than a warp holds at a time
 
 
 def kernels() -> list[Kernel]:
     """Every instance that these operators can launch."""
-    return [
-        _kernel(name, data.ctype, places.ctype, source, vector)
-        for name, source in itertools.product(("forward", "backward"), ("Windows", "Attention"))
+    types = [
+        (data, (data.ctype, places.ctype, source))
         for data, places in dtypes.together(1)
-        for vector in _vectors(data.size)
+        for source in ("Windows", "Attention")
+    ]
+    return [
+        *(_kernel("aggregate_forward", *names, v, s) for d, names in types for v in _vectors(d.size) for s in (0, 1)),
+        *(_kernel("aggregate_backward", *names, v) for d, names in types for v in _vectors(d.size)),
+        *(_kernel("aggregate_backward_places", *names, v) for d, names in types for v in _places_vectors(d.size)),
     ]
 
 
 def forward(g: Aggregation, out: Any, *tensors: Any) -> None:
     with launch.device(out) as device:
+        if not g.pixels:
+            out[...] = 0
+            return
         call = _Call(g, device, tensors)
         target = call.target(out, out.dtype)
-        call.launch("forward", [], [target])
+        call.launch_forward(target)
         if target is not out:
             out[...] = target
 
 
 def backward(g: Aggregation, grads: Any, grad_output: Any, *tensors: Any) -> None:
+    if not g.pixels:
+        for grad in grads:
+            if grad is not None:
+                grad[...] = 0
+        return
     with launch.device(grad_output) as device:
         call = _Call(g, device, tensors)
-        wanted = [grads[0], *grads[-1 if g.packed else -2 :]]
-        sums = [arithmetic(tensors[0]), call.places.dtype, call.places.dtype]
-        targets = [call.target(grad, dtype) for grad, dtype in zip(wanted, sums, strict=False)]
-        if targets[0] is not None:
-            targets[0].fill(0)
-        if (unused := g.unused(*targets)) is not None:
-            unused[...] = 0
-        call.launch("backward", [device.xp.ascontiguousarray(grad_output)], [*targets, None][:3])
-        for grad, target in zip(wanted, targets, strict=True):
-            if target is not grad:
-                grad[...] = target
+        gradient = device.xp.ascontiguousarray(grad_output)
+        if grads[0] is not None:
+            _backward_input(call, grads[0], gradient)
+        if any(grad is not None for grad in grads[1:]):
+            _backward_places(call, grads[-1 if g.packed else -2 :], gradient)
+
+
+def _backward_input(call: _Call, grad: Any, grad_output: Any) -> None:
+    target = call.target(grad, arithmetic(call.image))
+    target.fill(0)
+    call.launch_backward(grad_output, target)
+    if target is not grad:
+        grad[...] = target
+
+
+def _backward_places(call: _Call, grads: Any, grad_output: Any) -> None:
+    """Gradients of places and weights, or of the tensor that holds both."""
+    targets = [call.target(grad, call.places.dtype) for grad in grads]
+    if (unused := call.g.unused(None, *targets)) is not None:
+        unused[...] = 0
+    call.launch_backward_places(grad_output, [*targets, None][:2])
+    for grad, target in zip(grads, targets, strict=True):
+        if target is not grad:
+            grad[...] = target
+
+
+class _Split(NamedTuple):
+    """How a kernel's work is shared out."""
+
+    vector: int  # channels of a thread
+    lanes: int  # threads of a row
+    rows: int  # of a warp
+    held: int  # samples of a row that a warp holds at a time
 
 
 class _Call:
@@ -67,6 +110,7 @@ class _Call:
     def __init__(self, g: Aggregation, device: Any, tensors: Any) -> None:
         xp = device.xp
         self.g, self.device = g, device
+        self.samples = g.levels * g.points  # of a row
         image, *levels, places, weights = (*tensors, tensors[-1]) if g.packed else tensors
         # the kernels have one type for both, so that where one of two is half, it becomes float32
         fine = np.float32 if places.dtype != weights.dtype else places.dtype
@@ -81,13 +125,60 @@ class _Call:
             return array
         return self.device.empty(array.shape, dtype)
 
-    def launch(self, name: str, inputs: list[Any], outputs: list[Any]) -> None:
-        g, image = self.g, self.image
+    def launch_forward(self, target: Any) -> None:
+        split = self._split(_vectors, [self.image, target])
+        simple = split.held == self.samples and not self.g.softmax
+        self._launch("aggregate_forward", split, [], [target], int(simple))
+
+    def launch_backward_places(self, grad_output: Any, targets: list[Any]) -> None:
+        split = self._split(_places_vectors, [self.image, grad_output])
+        self._launch("aggregate_backward_places", split, [grad_output], targets)
+
+    def launch_backward(self, grad_output: Any, target: Any) -> None:
+        g, split = self.g, self._split(_vectors, [self.image, grad_output])
+        plan = _BACKWARD(
+            **self._steps(), images=g.batch, height=g.queries[0], width=g.queries[1], pixels=g.pixels, groups=g.groups,
+            channels=g.group_channels, samples=self.samples, softmax=g.softmax, packed=g.packed,
+        )  # fmt: skip
+        self.device.launch(
+            _kernel("aggregate_backward", *self._types(), split.vector),
+            self._grid(_THREADS // split.lanes, split.vector), (split.lanes, _THREADS // split.lanes),
+            grad_output, self.image, self.places, self.weights, *self.levels, target, None, None,
+            _backward_source(g, arithmetic(self.image)), plan,
+        )  # fmt: skip
+
+    def _launch(self, name: str, split: _Split, inputs: list[Any], outputs: list[Any], *template: int) -> None:
+        self.device.launch(
+            _kernel(name, *self._types(), split.vector, *template), self._grid(split.rows * _WARPS, split.vector),
+            (_THREADS, 1), *inputs, self.image, self.places, self.weights, *self.levels, *outputs,
+            _source(self.g, arithmetic(self.image)), self._aggregate(split),
+        )  # fmt: skip
+
+    def _types(self) -> tuple[str, str, str]:
+        return ctype(self.image), ctype(self.places), type(self.g).__name__
+
+    def _split(self, vectors: Callable[[int], dict[int, int]], arrays: list[Any]) -> _Split:
+        channels, size = self.g.group_channels, self.image.itemsize
+        vector, least = next(
+            (vector, lanes)
+            for vector, lanes in vectors(size).items()
+            if channels % (vector * lanes) == 0 and all(address(a) % (vector * size) == 0 for a in arrays)
+        )
+        # a thread a vector of channels, as far as a warp goes; where four are at least needed, they are at most
+        lanes = least if least > 1 else min(32, 1 << (ceil_div(channels, vector) - 1).bit_length())
+        capacity = _HELD * 4 // np.dtype(arithmetic(self.image)).itemsize
+        step = self.samples | 1  # from row to row: see Held
+        # as many rows as all samples can be held of, to share what is done once a row or once for 32 samples
+        rows = 32 // lanes
+        while rows < 32 and 2 * rows * step <= capacity:
+            rows *= 2
+        held = self.samples if rows * step <= capacity else min(_RUN, (capacity // rows - 1) | 1)
+        return _Split(vector, lanes, rows, held)
+
+    def _grid(self, rows: int, vector: int) -> int:
+        """The number of blocks of so many rows."""
+        g = self.g
         queries = g.batch * math.prod(g.queries)
-        vector = self._vector([image, *inputs])
-        # A row of threads shares a query and group: a thread a vector of channels, and the rows of a block fill it.
-        lanes = min(32, 1 << (ceil_div(g.group_channels, vector) - 1).bit_length())
-        rows = _THREADS // lanes
         grid = ceil_div(queries, rows) * g.groups
         image_vectors = g.pixels * g.groups * g.group_channels // vector
         if queries > LARGEST or grid > launch.LARGEST_GRID or image_vectors > LARGEST:
@@ -96,44 +187,49 @@ class _Call:
                 f"blocks of threads, and one image must have fewer than 2**31 vectors of {vector} channels, "
                 f"got {queries}, {grid} and {image_vectors}"
             )
-        kernel = _kernel(name, ctype(image), ctype(self.places), type(g).__name__, vector)
-        self.device.launch(
-            kernel, grid, (lanes, rows), *inputs, image, self.places, self.weights, *self.levels, *outputs,
-            _source(g, arithmetic(image)), self._aggregate(),
+        return grid
+
+    def _aggregate(self, split: _Split) -> np.ndarray:
+        g, (_, lanes, rows, held) = self.g, split
+        height, width = g.queries
+        return _AGGREGATE(
+            **self._steps(), groups_of=_divisor(g.groups), queries_of=_divisor(height * width),
+            strips_of=_divisor(min(_STRIP, height) * width), last_strip_of=_divisor(height % _STRIP or _STRIP),
+            images=g.batch, height=height, width=width, pixels=g.pixels, groups=g.groups, channels=g.group_channels,
+            samples=self.samples, softmax=g.softmax, packed=g.packed,
+            pixel_bytes=g.groups * g.group_channels * self.image.itemsize, lanes=lanes, log_lanes=lanes.bit_length() - 1, rows=rows,
+            slots=32 // lanes, held=held, reciprocal=2**16 // held + 1,
         )  # fmt: skip
 
-    def _vector(self, arrays: list[Any]) -> int:
-        """How many channels a thread carries."""
-        size = self.image.itemsize
-        return next(
-            v
-            for v in _vectors(size)
-            if self.g.group_channels % v == 0 and all(address(a) % (v * size) == 0 for a in arrays)
-        )
-
-    def _aggregate(self) -> np.ndarray:
-        g = self.g
-        samples = g.levels * g.points
-        if g.packed:
+    def _steps(self) -> dict[str, int]:
+        """Where the places and weights of a row are, in elements."""
+        samples, groups = self.samples, self.g.groups
+        if self.g.packed:
             per_query, per_group = self.places.shape[-1], 3 * samples
-            steps = {
+            return {
                 "places_query": per_query, "places_group": per_group,
                 "weights_query": per_query, "weights_group": per_group, "weights_first": 2 * samples,
             }  # fmt: skip
-        else:
-            steps = {
-                "places_query": 2 * samples * g.groups, "places_group": 2 * samples,
-                "weights_query": samples * g.groups, "weights_group": samples, "weights_first": 0,
-            }  # fmt: skip
-        return _AGGREGATE(
-            **steps, images=g.batch, height=g.queries[0], width=g.queries[1], pixels=g.pixels, groups=g.groups,
-            channels=g.group_channels, samples=samples, softmax=g.softmax, packed=g.packed,
-        )  # fmt: skip
+        return {
+            "places_query": 2 * samples * groups, "places_group": 2 * samples,
+            "weights_query": samples * groups, "weights_group": samples, "weights_first": 0,
+        }  # fmt: skip
 
 
-def _vectors(itemsize: int) -> list[int]:
-    """16 bytes, 4 bytes or one element."""
-    return sorted({16 // itemsize, max(1, 4 // itemsize), 1}, reverse=True)
+def _divisor(number: int) -> tuple[int, int]:
+    """`Divisor` of aggregate.cuh."""
+    shift = (number - 1).bit_length()
+    return ceil_div(2 ** (31 + shift), number), shift
+
+
+def _vectors(itemsize: int) -> dict[int, int]:
+    """How many channels a thread may carry, 16 bytes, 4 bytes or one element, and how many threads a row then needs."""
+    return dict.fromkeys(sorted({16 // itemsize, max(1, 4 // itemsize), 1}, reverse=True), 1)
+
+
+def _places_vectors(itemsize: int) -> dict[int, int]:
+    """Half types with 16 or 8 bytes go to the tensor cores, where a row has four threads."""
+    return {8: 4, 4: 4, 2: 1, 1: 1} if itemsize == 2 else _vectors(itemsize)
 
 
 def _source(g: Aggregation, dtype: type) -> np.ndarray:
@@ -141,6 +237,18 @@ def _source(g: Aggregation, dtype: type) -> np.ndarray:
     if isinstance(g, Attention):
         return _ATTENTION(points=g.points, pixels=g.pixels)
     return _WINDOWS[dtype](
+        scale=g.offset_scale, end_y=_not_below(g.height, dtype), end_x=_not_below(g.width, dtype),
+        kernel_h_of=_divisor(g.kernel[0]), columns=g.width, last_row=g.height - 1, last_column=g.width - 1,
+        kernel_h=g.kernel[0], left_out=g.points // 2 if g.remove_center else g.points,
+        stride_h=g.stride[0], stride_w=g.stride[1], top=g.padding[0], left=g.padding[1],
+        dilation_h=g.dilation[0], dilation_w=g.dilation[1], center_h=g.center[0], center_w=g.center[1],
+    )  # fmt: skip
+
+
+def _backward_source(g: Aggregation, dtype: type) -> np.ndarray:
+    if isinstance(g, Attention):
+        return _source(g, dtype)
+    return _BACKWARD_WINDOWS[dtype](
         scale=g.offset_scale, height=g.height, width=g.width, kernel_h=g.kernel[0],
         left_out=g.points // 2 if g.remove_center else g.points,
         stride_h=g.stride[0], stride_w=g.stride[1], top=g.padding[0], left=g.padding[1],
@@ -148,5 +256,11 @@ def _source(g: Aggregation, dtype: type) -> np.ndarray:
     )  # fmt: skip
 
 
-def _kernel(name: str, data: str, places: str, source: str, vector: int) -> Kernel:
-    return Kernel("aggregate", f"aggregate_{name}<{data}, {places}, {source}, {vector}>")
+def _not_below(number: int, dtype: Any) -> Any:
+    """The least of the type's numbers that is not below an integer."""
+    nearest = dtype(number)
+    return nearest if float(nearest) >= number else np.nextafter(nearest, dtype(np.inf))
+
+
+def _kernel(name: str, *template: str | int) -> Kernel:
+    return Kernel("aggregate" if name == "aggregate_forward" else name, f"{name}<{', '.join(map(str, template))}>")
