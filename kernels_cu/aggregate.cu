@@ -17,57 +17,14 @@
 //                      have 9 between them, 7: 29 a load. 3.6 M loads of a warp: 113 us at 4 a clock and SM
 // So issue slots bound it, then L1, then device memory. In float32 a thread carries 4 channels and converts nothing:
 // twice the loads, with about 12 instructions each, and L1 (124 us) comes first.
-// Backward each load has its FMAs for the inner product, and 2 red.v4 with 8 products more: 3.7 GB of float32 sums into
-// L2, which is expected to bound it.
+// Backward each load has its FMAs for the inner product. The input's gradient is aggregate_backward_input.cu's.
+#include "aggregate_places.cuh"
 #include "bilinear.cuh"
 #include "sum.cuh"
 #include "vector.cuh"
 
 constexpr int THREADS = 128, HELD = 4, STRIP = 8;
 constexpr unsigned ALL = 0xffffffffu;
-
-// One launch: where the places and weights of a row are, in elements; cudcn/cuda/aggregate.py writes it.
-struct Aggregate {
-  long long places_query, places_group, weights_query, weights_group, weights_first;
-  int images, height, width;  // of the queries
-  int pixels, groups, channels, samples, softmax;
-  int packed;  // places and weights are one tensor, and so are their gradients
-};
-
-// Where the place (y, x) that the caller gives lies: at origin + scale * place in the image from pixel `first`.
-template <typename A> struct Map {
-  A origin_y, origin_x, scale_y, scale_x;
-  int first, height, width;
-};
-
-// dcnv3 and dcnv4: the taps of a window, its columns one after another.
-template <typename A> struct Windows {
-  A scale;
-  int height, width, kernel_h, left_out;
-  int stride_h, stride_w, top, left, dilation_h, dilation_w, center_h, center_w;
-
-  __device__ __forceinline__ Map<A> map(int y, int x, int sample, const long long *, const long long *) const {
-    const int tap = sample + (sample >= left_out);
-    const int column = tap / kernel_h, row = tap - column * kernel_h;
-    return {A(y * stride_h - top + center_h) + A(row * dilation_h - center_h) * scale,
-            A(x * stride_w - left + center_w) + A(column * dilation_w - center_w) * scale,
-            scale, scale, 0, height, width};
-  }
-};
-
-// ms_deform_attn: every level's points. A level that is not inside the value's pixels has none.
-template <typename A> struct Attention {
-  int points, pixels;
-
-  __device__ __forceinline__ Map<A> map(int, int, int sample, const long long *shapes, const long long *starts) const {
-    const int level = sample / points;
-    const long long height = shapes[2 * level], width = shapes[2 * level + 1], first = starts[level];
-    const bool inside = height > 0 && height <= pixels && width > 0 && width <= pixels && first >= 0 &&
-                        first <= pixels && height * width <= pixels - first;
-    if (!inside) return {A(0), A(0), A(0), A(0), 0, 0, 0};
-    return {A(-0.5), A(-0.5), A(height), A(width), int(first), int(height), int(width)};
-  }
-};
 
 // A number for each corner of a cell.
 template <typename A> struct __align__(16) Four {
@@ -173,26 +130,27 @@ template <typename A, typename O, typename Source> struct Samples {
 };
 
 // The row's samples begin .. begin + count, for its threads to go over: where the corners are, NOWHERE for one outside,
-// and their weights. Corners count in vectors of V channels from the image's first, `pixel` vectors a pixel: in 32 bits,
-// since with 64 the inner loops would spend more on addresses than on loads. With `slopes` the top bit marks the
-// corners of a sample that adds nothing, but has slopes.
-constexpr int NOWHERE = -1, SLOPE_ONLY = int(0x80000000u);
+// and, unless null, their weights. Corners count in vectors of V channels from the image's first, `pixel` vectors a
+// pixel: in 32 bits, since with 64 the inner loops would spend more on addresses than on loads. With `slopes` a sample
+// that adds nothing, but has slopes, has corners too.
+constexpr int NOWHERE = -1;
 
 template <typename A, typename O, typename Source>
 __device__ __forceinline__ void hold(const Samples<A, O, Source> &samples, const Row &row, int begin, int count,
                                      int pixel, bool slopes, Four<int> *corners, Four<A> *weights) {
   for (int i = row.lane; i < count; i += row.lanes) {
     const auto sample = samples.at(begin + i, slopes);
-    const A weight = sample.cell.adds ? samples.weight(begin + i) : A(0);  // which may be NaN
     Four<int> at;
-    Four<A> share;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       at.of[k] = sample.cell.valid[k] ? (sample.map.first + int(sample.cell.at[k])) * pixel : NOWHERE;
-      if (slopes && sample.cell.valid[k] && !sample.cell.adds) at.of[k] |= SLOPE_ONLY;
-      share.of[k] = weight * sample.cell.weight(k);
     }
     corners[row.held(i)] = at;
+    if (weights == nullptr) continue;
+    const A weight = sample.cell.adds ? samples.weight(begin + i) : A(0);  // which may be NaN
+    Four<A> share;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) share.of[k] = weight * sample.cell.weight(k);
     weights[row.held(i)] = share;
   }
 }
@@ -250,8 +208,7 @@ aggregate_forward(const T *__restrict__ value, const O *__restrict__ places, con
   }
 }
 
-// Null gradients are not wanted. `grad_value` holds sums in A and starts as zeros; those of places and weights are each
-// written once, by the thread that owns the sample.
+// The gradients of places and weights, each written once, by the thread that owns the sample. Null ones are not wanted.
 //
 // All that the channels have to say of a sample is four inner products, of grad_output with the corners' pixels:
 // bilinear interpolation and its slopes are linear in them, and are done afterwards, once for all channels.
@@ -259,19 +216,16 @@ template <typename T, typename O, template <typename> class Source, int V>
 __global__ void __launch_bounds__(THREADS, 4)
 aggregate_backward(const T *__restrict__ grad_output, const T *__restrict__ value, const O *__restrict__ places,
                    const O *__restrict__ weights, const long long *__restrict__ shapes,
-                   const long long *__restrict__ starts, arithmetic_t<T> *__restrict__ grad_value,
-                   O *__restrict__ grad_places, O *__restrict__ grad_weights, Source<arithmetic_t<T>> source,
-                   Aggregate p) {
+                   const long long *__restrict__ starts, O *__restrict__ grad_places, O *__restrict__ grad_weights,
+                   Source<arithmetic_t<T>> source, Aggregate p) {
   using A = arithmetic_t<T>;
   SMEM(Four<int>, held_corners, [THREADS * HELD]);
-  SMEM(Four<A>, held_weights, [THREADS * HELD]);
   SMEM(Four<A>, held_products, [THREADS * HELD]);
   const Row row(p);
   const Samples<A, O, Source<A>> samples(row, p, source, places, weights, shapes, starts);
   const int stride = p.groups * p.channels, group = row.group * p.channels;
   const long long image = (long long)row.image * p.pixels * stride + group;
   if (p.packed) grad_weights = grad_places;
-  const bool by_sample = grad_places || grad_weights;
 
   // The softmax's gradient needs the mean over all samples: known in time if they are held together, else a first
   // round is for it alone.
@@ -281,49 +235,34 @@ aggregate_backward(const T *__restrict__ grad_output, const T *__restrict__ valu
   for (int round = normalised && !together ? 0 : 1; round < 2; ++round) {
     for (int begin = 0; begin < p.samples; begin += row.capacity()) {
       const int count = min(row.capacity(), p.samples - begin);
-      hold(samples, row, begin, count, stride / V, true, held_corners, held_weights);
+      hold(samples, row, begin, count, stride / V, true, held_corners, static_cast<Four<A> *>(nullptr));
       for (int i = row.lane; i < count; i += row.lanes) held_products[row.held(i)] = Four<A>{};
       __syncwarp();
       for (int slab = 0; slab < p.channels; slab += row.lanes * V) {
         const int channel = slab + row.lane * V;
         const bool mine = channel < p.channels;
         const auto *vectors = reinterpret_cast<const Vector<T, V> *>(value + image + channel);
-        auto *sums = reinterpret_cast<A(*)[V]>(grad_value + image + channel);
         const auto *output = reinterpret_cast<const Vector<T, V> *>(grad_output + row.query * stride + group + channel);
         const auto loaded = Vector<T, V>::load(output, mine);
         A gradient[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) gradient[v] = A(loaded[v]);
-        const bool scatters = grad_value && round == 1 && mine && row.active;
 #pragma unroll 1
         for (int i = 0; i < count; ++i) {
           const Four<int> at = held_corners[row.held(i)];
-          if (by_sample) {
-            Vector<T, V> pixels[4];
+          Vector<T, V> pixels[4];
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-              pixels[k] = Vector<T, V>::load(vectors + (at.of[k] & ~SLOPE_ONLY), mine && at.of[k] != NOWHERE);
-            }
-            Four<A> products = {};
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-#pragma unroll
-              for (int v = 0; v < V; ++v) products.of[k] += gradient[v] * A(pixels[k][v]);
-            }
-            products = row.sum(products);
-            if (row.lane == 0) held_products[row.held(i)] = held_products[row.held(i)] + products;
+          for (int k = 0; k < 4; ++k) {
+            pixels[k] = Vector<T, V>::load(vectors + at.of[k], mine && at.of[k] != NOWHERE);
           }
-          if (scatters) {
-            const Four<A> weight = held_weights[row.held(i)];
+          Four<A> products = {};
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-              A share[V];
+          for (int k = 0; k < 4; ++k) {
 #pragma unroll
-              for (int v = 0; v < V; ++v) share[v] = weight.of[k] * gradient[v];
-              // atomic: samples of other rows, in other blocks too, fall on the same pixel
-              if (at.of[k] >= 0) atomic_add<V>(sums[at.of[k]], share);
-            }
+            for (int v = 0; v < V; ++v) products.of[k] += gradient[v] * A(pixels[k][v]);
           }
+          products = row.sum(products);
+          if (row.lane == 0) held_products[row.held(i)] = held_products[row.held(i)] + products;
         }
       }
       __syncwarp();
@@ -338,7 +277,7 @@ aggregate_backward(const T *__restrict__ grad_output, const T *__restrict__ valu
         mean.add(row.sum(part));
         counted += row.sum(added);
       }
-      if (by_sample && round == 1 && row.active) {
+      if (round == 1 && row.active) {
         for (int i = row.lane; i < count; i += row.lanes) {
           const int s = begin + i;
           const auto sample = samples.at(s, true);

@@ -51,9 +51,7 @@ def kernels() -> list[Kernel]:
     return [_kernel(name) for name in ("totals", "scan", "fill", "long")]
 
 
-def sort(
-    device: Any, segments: Segments, dtype: Any, count: Kernel, write: Kernel, *arguments: Any
-) -> tuple[Any, Any]:
+def sort(device: Any, segments: Segments, dtype: Any, count: Kernel, write: Kernel, *arguments: Any) -> tuple[Any, Any]:
     """`starts` and `records`, of positions of `dtype`.
 
     The kernels `count` and `write` take these arguments, and then those of count_samples and write_records.
