@@ -18,7 +18,7 @@
 constexpr int SORTERS = 256;  // threads of a block
 constexpr int COUNTED = 256;  // samples of a list whose order each of them finds for itself
 
-// `row` is that of grad_output, its number in all images; `factor` is what the sample's value is multiplied by there.
+// A sample's record. `row` is that of grad_output, its number in all images; `factor` is what the sample's value is multiplied by there.
 template <typename A> struct alignas(16) Record {
   int row;
   A down, right, factor;
@@ -60,9 +60,9 @@ __device__ __forceinline__ void count_samples(const Samples &samples, int count,
 }
 
 // `count` is that of the cells; samples.record(i) is sample i's.
-template <typename A, typename Samples>
+template <typename R, typename Samples>
 __device__ __forceinline__ void write_records(const Samples &samples, int count, const int *cells, const int *starts,
-                                              const int *order, Record<A> *records) {
+                                              const int *order, R *records) {
   const unsigned at = blockIdx.x * SORTERS + threadIdx.x;
   if (at >= unsigned(starts[count])) return;
   const int sample = order[at], begin = starts[cells[sample]], end = starts[cells[sample] + 1];
@@ -76,7 +76,7 @@ __device__ __forceinline__ void write_records(const Samples &samples, int count,
 
 // The lists of the cells around a pixel, whose bottom right corner it is in the first, and whose top left in the last:
 // they are two runs, of two neighbouring cells each. `starts` are those from the first cell on.
-struct Lists {
+struct alignas(8) Lists {
   int begin[2], middle[2], end[2];
 
   Lists() = default;

@@ -19,19 +19,21 @@ def check(given: np.ndarray, segments: Segments) -> None:
     """`given`: each sample's cell, counted through all segments."""
     given = given.astype(np.int32)
     with launch.device(given) as device:
-        starts, records = sort(device, segments, np.float32, Kernel(SOURCE, "count"), Kernel(SOURCE, "write"), given)
+        starts, records = sort(device, segments, 16, Kernel(SOURCE, "count"), Kernel(SOURCE, "write"), given)
     order = np.argsort(given, kind="stable")[np.count_nonzero(given == NOWHERE) :]
     counts = np.bincount(given[order], minlength=segments.cells)
     assert starts.tolist() == [0, *np.cumsum(counts)]
-    sorted_records = records[: len(order)]
-    assert sorted_records[:, 0].view(np.int32).tolist() == order.tolist()
-    assert np.array_equal(sorted_records[:, 1:], np.column_stack([order, given[order], np.full(len(order), 0.5)]))
+    sorted_records = records.reshape(-1, 4)[: len(order)]
+    assert sorted_records[:, 0].tolist() == order.tolist()
+    assert np.array_equal(
+        sorted_records[:, 1:].view(np.float32), np.column_stack([order, given[order], np.full(len(order), 0.5)])
+    )
 
 
 def any_cells(rng: np.random.Generator, segments: Segments, used: int) -> np.ndarray:
     """Of the first `used` cells of each segment, or none."""
-    cells = rng.integers(-1, used, (segments.count, segments.segment_samples))
-    return np.where(cells < 0, NOWHERE, cells + segments.segment_cells * np.arange(segments.count)[:, None]).ravel()
+    cells = rng.integers(-1, used, (segments.number, segments.segment_samples))
+    return np.where(cells < 0, NOWHERE, cells + segments.segment_cells * np.arange(segments.number)[:, None]).ravel()
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
@@ -72,17 +74,17 @@ def test_nothing_lies_anywhere() -> None:
 
 class TestSegments:
     def test_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Cells take 4 bytes, samples 24 in float32 and 40 in float64."""
+        """Cells take 4 bytes, samples 8 and their record."""
         monkeypatch.setattr(launch, "WORKSPACE", 10_000)
         segments = Segments(2, 50, 40)
-        assert segments.at_a_time("x", np.float32) == 10_000 // (400 + 80 * 24)
-        assert segments.at_a_time("x", np.float64) == 10_000 // (400 + 80 * 40)
-        assert segments.at_a_time("x", np.float32, 1000) == 10_000 // (1400 + 80 * 24)
-        assert segments.at_a_time("x", np.float32, 20_000) == 1
+        assert segments.at_a_time("x", 16) == 10_000 // (400 + 80 * 24)
+        assert segments.at_a_time("x", 32) == 10_000 // (400 + 80 * 40)
+        assert segments.at_a_time("x", 16, 1000) == 10_000 // (1400 + 80 * 24)
+        assert segments.at_a_time("x", 16, 20_000) == 1
 
     @pytest.mark.parametrize(("cells", "samples"), [(2**30, 1), (1, 2**30)])
     def test_too_many_for_an_int(self, cells: int, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch, "WORKSPACE", 2**50)
-        assert Segments(1, cells, samples).at_a_time("x", np.float32) == 1
+        assert Segments(1, cells, samples).at_a_time("x", 16) == 1
         with pytest.raises(ValueError, match=rf"x: on CUDA the input's gradient .* got {2 * samples} and {2 * cells}"):
-            Segments(2, cells, samples).at_a_time("x", np.float32)
+            Segments(2, cells, samples).at_a_time("x", 16)

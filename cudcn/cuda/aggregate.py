@@ -115,7 +115,8 @@ class _Call:
         lanes, rows, _ = self._rows(vector)
         source, aggregate = _source(g, dtype), self._aggregate()
         kernels = [_kernel_of_input(name, ctype(self.places), type(g).__name__) for name in ("count", "records")]
-        step = pair.at_a_time(g.name, dtype, softmax_bytes)
+        record = sort.record_bytes(dtype)
+        step = pair.at_a_time(g.name, record, softmax_bytes)
         for first in range(0, g.batch * g.groups, step):
             count = min(step, g.batch * g.groups - first)
             pairs = _PAIRS(first=first, count=count, levels=g.levels, cells=cells, samples=pair.segment_samples)
@@ -124,7 +125,7 @@ class _Call:
                 softmax = device.empty((count * queries, 2), dtype)
                 self._launch_softmax(softmax, aggregate, pairs)
             arguments = self.places, self.weights, *self.levels, softmax, source, aggregate, pairs
-            lists = sort.sort(device, pair.times(count), dtype, *kernels, *arguments)
+            lists = sort.sort(device, pair.times(count), record, *kernels, *arguments)
             device.launch(
                 _kernel_of_input("backward_input", ctype(self.image), type(g).__name__, vector),
                 ceil_div(count * g.pixels, rows), (lanes, rows), grad_output, *self.levels, *lists, grad_image, source,

@@ -20,29 +20,32 @@ _BLOCKS = 1024  # that share out the long lists: enough to fill a GPU
 class Segments(NamedTuple):
     """What is sorted apart in one sort, and how many cells and samples each has."""
 
-    count: int
+    number: int
     segment_cells: int
     segment_samples: int
 
     @property
     def cells(self) -> int:
-        return self.count * self.segment_cells
+        return self.number * self.segment_cells
 
     @property
     def samples(self) -> int:
-        return self.count * self.segment_samples
+        return self.number * self.segment_samples
 
-    def times(self, number: int) -> Segments:
-        return self._replace(count=number * self.count)
+    def times(self, factor: int) -> Segments:
+        return self._replace(number=factor * self.number)
 
-    def at_a_time(self, name: str, dtype: Any, more: int = 0) -> int:
-        """How many times as many are sorted at a time: these fit the workspace, at `more` bytes beside the sort's."""
+    def at_a_time(self, name: str, record: int, more: int = 0) -> int:
+        """How many times as many are sorted at a time: these fit the workspace, at `more` bytes beside the sort's.
+
+        `record` is a record's size in bytes.
+        """
         if max(self.cells, self.samples) > LARGEST:
             raise ValueError(
                 f"{name}: on CUDA the input's gradient sorts fewer than 2**31 samples into fewer than 2**31 cells at a "
                 f"time, got {self.samples} and {self.cells}"
             )
-        scratch = 4 * self.cells + (8 + 4 * np.dtype(dtype).itemsize) * self.samples + more
+        scratch = 4 * self.cells + (8 + record) * self.samples + more
         return max(1, min(launch.WORKSPACE // max(1, scratch), LARGEST // max(1, self.cells, self.samples)))
 
 
@@ -51,8 +54,15 @@ def kernels() -> list[Kernel]:
     return [_kernel(name) for name in ("totals", "scan", "fill", "long")]
 
 
-def sort(device: Any, segments: Segments, dtype: Any, count: Kernel, write: Kernel, *arguments: Any) -> tuple[Any, Any]:
-    """`starts` and `records`, of positions of `dtype`.
+def record_bytes(dtype: Any) -> int:
+    """Of `Record`, with positions of `dtype`."""
+    return 4 * int(np.dtype(dtype).itemsize)
+
+
+def sort(
+    device: Any, segments: Segments, record: int, count: Kernel, write: Kernel, *arguments: Any
+) -> tuple[Any, Any]:
+    """`starts` and the records, of `record` bytes each.
 
     The kernels `count` and `write` take these arguments, and then those of count_samples and write_records.
     """
@@ -61,7 +71,7 @@ def sort(device: Any, segments: Segments, dtype: Any, count: Kernel, write: Kern
     zeros = device.xp.zeros((cells + 1 + 1 + most_long,), np.int32)
     starts, long_lists = zeros[: cells + 1], zeros[cells + 1 :]
     cell_of, order = (device.empty((samples,), np.int32) for _ in range(2))
-    records = device.empty((samples, 4), dtype)
+    records = device.empty((samples * record // 4,), np.int32)
     scanned = ceil_div(cells, _SCANNED)
     totals = device.empty((scanned,), np.int32)
 
@@ -74,10 +84,9 @@ def sort(device: Any, segments: Segments, dtype: Any, count: Kernel, write: Kern
     run(_kernel("scan"), 1, totals, np.int32(scanned), np.int32(scanned), None, None)
     run(_kernel("scan"), scanned, starts[1:], np.int32(cells), np.int32(_SCANNED), totals, long_lists)
     run(_kernel("fill"), each_sample, cell_of, np.int32(samples), starts, order)
-    if most_long:
-        sizes = np.int32(segments.segment_cells), np.int32(segments.segment_samples)
-        spare = records.view(np.int32).reshape(-1)[:samples]  # which the lists' own blocks write, before the records
-        run(_kernel("long"), min(most_long, _BLOCKS), long_lists, starts, *sizes, order, spare)
+    sizes = np.int32(segments.segment_cells), np.int32(segments.segment_samples)
+    spare = records[:samples]  # which the blocks of the lists write, before there are records
+    run(_kernel("long"), min(most_long + 1, _BLOCKS), long_lists, starts, *sizes, order, spare)
     run(write, each_sample, *arguments, np.int32(cells), cell_of, starts, order, records)
     return starts, records
 
