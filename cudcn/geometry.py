@@ -12,7 +12,7 @@ from . import sources
 
 # Pixels along a side that RoI pooling takes, and samples along an axis of a bin: so far float32 has all whole numbers
 # and the halves between.
-MOST = sources.constant("pooling", "MOST")
+MOST = sources.constant("pooling.cuh", "MOST")
 
 
 class Spec(NamedTuple):
@@ -70,7 +70,7 @@ class RoIPooling:
     """
 
     name: str  # of the operator
-    kind: str  # where a bin's samples lie: "Average", "DeformRoI" or "DeformPSRoI", as in kernels_cu/pooling.cu
+    kind: str  # where a bin's samples lie: "Average", "DeformRoI" or "DeformPSRoI", as in kernels_cu/pooling.cuh
     batch: int
     channels: int
     height: int

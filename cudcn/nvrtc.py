@@ -27,8 +27,8 @@ class Resources(NamedTuple):
 
 
 def kernels() -> list[Kernel]:
-    """Every instance of every operator."""
-    return [kernel for family in dict.fromkeys(op.cuda for op in OPS) for kernel in family.kernels()]
+    """Every instance of every operator, once."""
+    return list(dict.fromkeys(kernel for op in OPS for kernel in op.cuda.kernels()))
 
 
 def compile_kernels(source: Path, expressions: Sequence[str], architecture: str) -> dict[str, Resources]:

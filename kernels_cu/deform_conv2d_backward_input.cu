@@ -1,9 +1,9 @@
 // Deformable convolution, the gradient of the input: no atomics, so that its bits are the same in every run. Layouts:
 // see deform_conv2d.cuh.
 //
-// Samples are sorted by the pixels that they touch, once for all channels. Then it is the forward's product, with
-// other rows: for an input pixel and a tap, the sum of the rows of grad_output whose samples touch the pixel, each
-// times its weight there; times `turned`.
+// Samples are sorted by the cell that they lie in, once for all channels (sort.cuh); a segment is the samples of one
+// image, offset group and tap. Then it is the forward's product, with other rows: for an input pixel and a tap, the sum
+// of the rows of grad_output whose samples touch the pixel, each times its weight there; times `turned`.
 //
 // Sums of float16 may be larger than it is though the gradient is not. Then the sums of their products are infinite or
 // NaN, and a second launch makes such tiles once more with all rows times SHRINK. They may be as large as 2**40 there,
@@ -13,124 +13,55 @@
 // the lists, 24 bytes a sample and 4 a cell, mostly stay in L2. Instructions: some 300 a step, and 2 x 45 for each
 // entry of the longest of 8 lists, 4 where offsets are near 0: 60 to 80 us. An estimate: no GPU has run this.
 #include "deform_conv2d.cuh"
+#include "sort.cuh"
 
-// The samples of one image, offset group and tap, a segment, sorted by cell, and in a cell by output pixel: a fixed
-// order. Cells have their top left corner from (-1, -1) on, (H + 1) x (W + 1) of them; `starts` has each cell's first
-// place in its segment, and one more. A segment has room for all its samples, so that its place follows from the
-// shapes.
-template <typename A> struct alignas(16) Record {
-  int pixel;  // of all images
-  A down, right, modulation;
-};
-
-constexpr int SORTERS = 1024;  // threads
-constexpr int SHORT = 32;      // lists below that are sorted by one thread each
-
-// The sum of the values of all earlier threads; `total` of all.
-__device__ __forceinline__ int sum_before(int value, int &total) {
-  SMEM(int, warps, [SORTERS / 32]);
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  int sum = value;
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, sum, distance);
-    if (lane >= distance) sum += other;
-  }
-  if (lane == 31) warps[warp] = sum;
-  __syncthreads();
-  int before = 0;
-  total = 0;
-  for (int w = 0; w < int(blockDim.x) / 32; ++w) {
-    if (w == warp) before = total;
-    total += warps[w];
-  }
-  __syncthreads();
-  return before + sum - value;
-}
-
-// A counting sort. Grid: x = segments, of (image, offset group, tap). Block: up to SORTERS threads.
-template <typename T>
-__global__ void __launch_bounds__(SORTERS, 1)
-deform_conv2d_sort(const void *__restrict__ offset, Strides offset_strides, const void *__restrict__ mask,
-                   Strides mask_strides, int *starts, int *cells_of, int *order, Record<arithmetic_t<T>> *records,
-                   Convolution p) {
+// The samples, for the sort: numbered by image, offset group, tap and output pixel.
+template <typename T> struct Samples {
   using A = arithmetic_t<T>;
-  SMEM(int, waiting, [SORTERS]);
-  SMEM(int, waiting_count, [1]);
-  const int offset_groups = p.bundles * p.bundle_parts / p.offset_group_parts;
-  const int tap = int(blockIdx.x) % p.taps, offset_group = int(blockIdx.x) / p.taps % offset_groups;
-  const int plane = p.out_height * p.out_width, first_pixel = int(blockIdx.x) / p.taps / offset_groups * plane;
-  const int pitch = p.width + 1, cells = (p.height + 1) * pitch;
-  const int thread = int(threadIdx.x), threads = int(blockDim.x);
-  const Places places = {offset, mask, offset_strides, mask_strides};
-  int *start = starts + (long long)blockIdx.x * (cells + 1);
-  int *cell_of = cells_of + (long long)blockIdx.x * plane;
-  order += (long long)blockIdx.x * plane;
-  records += (long long)blockIdx.x * plane;
+  const Places places;
+  const Convolution &p;
 
-  // start[cell + 1]: first how many samples lie in a cell, then where the next one goes, and in the end the cell's
-  // end
-  for (int cell = thread; cell <= cells; cell += threads) start[cell] = 0;
-  __syncthreads();
-  for (int i = thread; i < plane; i += threads) {
-    const Cell<A> cell = places.cell<T>(p, Pixel(p, first_pixel + i), offset_group, tap, pitch);
-    cell_of[i] = cell.adds ? int(cell.first) + pitch + 1 : -1;
-    if (cell.adds) atomicAdd(start + cell_of[i] + 1, 1);  // whole numbers: their order does not matter
+  struct One {
+    int segment, offset_group, tap, number;  // number: of the output pixel, in all images
+    Pixel pixel;
+    Cell<A> cell;
+  };
+
+  __device__ __forceinline__ One one(int sample) const {
+    const int plane = p.out_height * p.out_width, offset_groups = p.bundles * p.bundle_parts / p.offset_group_parts;
+    const int segment = sample / plane, tap = segment % p.taps, offset_group = segment / p.taps % offset_groups;
+    const int number = segment / p.taps / offset_groups * plane + (sample - segment * plane);
+    const Pixel pixel(p, number);
+    return {segment, offset_group, tap, number, pixel, places.cell<T>(p, pixel, offset_group, tap, p.width + 1)};
   }
-  __syncthreads();
-  for (int first = 0, carry = 0; first < cells; first += threads) {
-    const int cell = first + thread;
-    int total;
-    const int before = sum_before(cell < cells ? start[cell + 1] : 0, total);
-    if (cell < cells) start[cell + 1] = carry + before;
-    carry += total;
+
+  __device__ __forceinline__ int cell(int sample) const {
+    const One found = one(sample);
+    const int pitch = p.width + 1, cells = (p.height + 1) * pitch;
+    return found.cell.adds ? found.segment * cells + first_cell(pitch) + int(found.cell.first) : -1;
   }
-  __syncthreads();
-  for (int i = thread; i < plane; i += threads) {
-    if (cell_of[i] >= 0) order[atomicAdd(start + cell_of[i] + 1, 1)] = i;  // in any order, which is set right below
+
+  __device__ __forceinline__ Record<A> record(int sample) const {
+    const One found = one(sample);
+    return {found.number, found.cell.down, found.cell.right,
+            places.modulation<T>(p, found.pixel, found.offset_group, found.tap)};
   }
-  __syncthreads();
-  for (int first = 0; first < cells; first += threads) {
-    if (thread == 0) waiting_count[0] = 0;
-    __syncthreads();
-    const int cell = first + thread, from = cell < cells ? start[cell] : 0, end = cell < cells ? start[cell + 1] : 0;
-    if (end - from >= SHORT) {
-      waiting[atomicAdd(waiting_count, 1)] = cell;  // in any order: each list is its own
-    } else {
-      for (int i = from + 1; i < end; ++i) {
-        const int moved = order[i];
-        int j = i;
-        for (; j > from && order[j - 1] > moved; --j) order[j] = order[j - 1];
-        order[j] = moved;
-      }
-    }
-    __syncthreads();
-    // A long list is collected again from all samples, in their order: linear, however long it is.
-    for (int w = 0; w < waiting_count[0]; ++w) {
-      int to = start[waiting[w]];
-      for (int i = thread; i - thread < plane; i += threads) {
-        const int found = i < plane && cell_of[i] == waiting[w];
-        int total;
-        const int before = sum_before(found, total);
-        if (found) order[to + before] = i;
-        to += total;
-      }
-    }
-    __syncthreads();
-  }
-  for (int i = thread; i < start[cells]; i += threads) {
-    const Pixel pixel(p, first_pixel + order[i]);
-    const Cell<A> cell = places.cell<T>(p, pixel, offset_group, tap, pitch);
-    records[i] = {first_pixel + order[i], cell.down, cell.right, places.modulation<T>(p, pixel, offset_group, tap)};
-  }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(SORTERS)
+deform_conv2d_count(const void *__restrict__ offset, Strides offset_strides, const void *__restrict__ mask,
+                    Strides mask_strides, Convolution p, int samples, int *cell_of, int *starts) {
+  count_samples(Samples<T>{{offset, mask, offset_strides, mask_strides}, p}, samples, cell_of, starts);
 }
 
-// Where the samples are that touch a pixel: those of the two cells above it, and those of the two below.
-struct alignas(16) Lists {
-  long long first;  // of the segment
-  int begin[2], middle[2], end[2];
-
-  __device__ __forceinline__ int count() const { return end[0] - begin[0] + end[1] - begin[1]; }
-};
+template <typename T>
+__global__ void __launch_bounds__(SORTERS)
+deform_conv2d_records(const void *__restrict__ offset, Strides offset_strides, const void *__restrict__ mask,
+                      Strides mask_strides, Convolution p, int cells, const int *cell_of, const int *starts,
+                      const int *order, Record<arithmetic_t<T>> *records) {
+  write_records(Samples<T>{{offset, mask, offset_strides, mask_strides}, p}, cells, cell_of, starts, order, records);
+}
 
 template <typename T> constexpr bool OVERFLOWS = false;  // bfloat16 goes as far as float
 template <> constexpr bool OVERFLOWS<__half> = true;
@@ -161,15 +92,9 @@ template <typename T, int OUTS> struct Touching {
     Lists found = {};
     if (number < p.images * plane) {
       const int offset_groups = parts / p.offset_group_parts, offset_group = tile.bundle / p.offset_group_parts;
-      const long long segment = ((long long)(number / plane) * offset_groups + offset_group) * p.taps + set;
-      found.first = segment * (p.out_height * p.out_width);
-      const int *start = starts + segment * ((p.height + 1) * pitch + 1) + inside / p.width * pitch + inside % p.width;
-#pragma unroll
-      for (int below = 0; below < 2; ++below) {
-        found.begin[below] = start[below * pitch];
-        found.middle[below] = start[below * pitch + 1];
-        found.end[below] = start[below * pitch + 2];
-      }
+      const int segment = (number / plane * offset_groups + offset_group) * p.taps + set;
+      const int cell = segment * ((p.height + 1) * pitch) + inside / p.width * pitch + inside % p.width;
+      found = Lists(starts + cell, pitch);
     }
     lists[set % 2][threadIdx.x] = found;
   }
@@ -183,12 +108,9 @@ template <typename T, int OUTS> struct Touching {
     for (int entry = first, in_run = 0; entry < count; entry += step) {
       const bool below = entry >= above;
       const int at = below ? list.begin[1] + entry - above : list.begin[0] + entry;
-      const bool right = at >= list.middle[below];
-      const Record<A> record = records[list.first + at];
-      // the pixel is the bottom right corner of a cell above it to the left
-      A weight = (below ? A(1) - record.down : record.down) * (right ? A(1) - record.right : record.right);
-      weight *= record.modulation;
-      const Wide<T> grads = load_wide(from + record.pixel * row, true);
+      const Record<A> record = records[at];
+      const A weight = list.weight(record, at, below);
+      const Wide<T> grads = load_wide(from + record.row * row, true);
 #pragma unroll
       for (int e = 0; e < WIDE<T>; ++e) (RUNS ? run : sums)[e] += weight * A(grads[e]);
       if (RUNS && (++in_run == RUN || entry + step >= count)) {

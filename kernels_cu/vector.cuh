@@ -1,4 +1,4 @@
-// Neighbouring elements that one thread moves together: one load, store or atomic addition of up to 16 bytes.
+// Neighbouring elements that one thread moves together: one load or store of up to 16 bytes.
 #pragma once
 #include "platform.cuh"
 
@@ -62,43 +62,3 @@ template <typename T> __device__ __forceinline__ Vector<T, 16 / int(sizeof(T))> 
   return V::load(reinterpret_cast<const V *>(from), valid != 0);
 #endif
 }
-
-// Adds V sums to memory, each atomically; from sm_90 two or four floats go at once. `to` is aligned to them.
-template <int V, typename A> __device__ __forceinline__ void atomic_add(A *to, const A (&sums)[V]) {
-#pragma unroll
-  for (int v = 0; v < V; ++v) atomicAdd(to + v, sums[v]);
-}
-
-#if __CUDA_ARCH__ >= 900 || !defined(__CUDACC__)
-// CUDA's own atomicAdd of vectors is an `atom`, which returns what was there; a `red` does not wait for it.
-__device__ __forceinline__ void red_add(float2 *to, float2 sums) {
-#if defined(__CUDACC__)
-  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "f"(sums.x), "f"(sums.y)
-               : "memory");
-#else
-  atomicAdd(to, sums);
-#endif
-}
-
-__device__ __forceinline__ void red_add(float4 *to, float4 sums) {
-#if defined(__CUDACC__)
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(sums.x),
-               "f"(sums.y), "f"(sums.z), "f"(sums.w) : "memory");
-#else
-  atomicAdd(to, sums);
-#endif
-}
-
-template <> __device__ __forceinline__ void atomic_add<2, float>(float *to, const float (&sums)[2]) {
-  red_add(reinterpret_cast<float2 *>(to), make_float2(sums[0], sums[1]));
-}
-
-template <> __device__ __forceinline__ void atomic_add<4, float>(float *to, const float (&sums)[4]) {
-  red_add(reinterpret_cast<float4 *>(to), make_float4(sums[0], sums[1], sums[2], sums[3]));
-}
-
-template <> __device__ __forceinline__ void atomic_add<8, float>(float *to, const float (&sums)[8]) {
-  red_add(reinterpret_cast<float4 *>(to), make_float4(sums[0], sums[1], sums[2], sums[3]));
-  red_add(reinterpret_cast<float4 *>(to + 4), make_float4(sums[4], sums[5], sums[6], sums[7]));
-}
-#endif

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from cases.aggregate import ATTENTION, BY_NAME, CASES, DCNV3, DCNV4, SMALL, Attention, DCNv3, DCNv4, Windows
-from cases.case import HALVES, Case, error
+from cases.case import DTYPES, HALVES, Case, error, widened
 from every_case import EveryCase, EverySmallCase, agrees_with_float64
 from hypothesis import given, settings, strategies as st
 from oracles import aggregate as oracle
 
 import cudcn
 from cudcn import emulator, launch
+from cudcn.cuda import sort
+from cudcn.cuda.sort import Segments
 
 PLAIN = [BY_NAME["dcnv3 plain"], BY_NAME["dcnv4 plain"], BY_NAME["ms_deform_attn plain"]]
 SOFTMAX = [BY_NAME["dcnv3 large kernel"], BY_NAME["dcnv4 uneven"], BY_NAME["ms_deform_attn levels apart"]]
@@ -123,6 +125,103 @@ class TestEmulated:
         want["attention_weights"][:, :, :, 0] = 0
         for name in ("value", "sampling_locations", "attention_weights"):
             case.close(grads[name], want[name], "float64")
+
+    @pytest.mark.parametrize("build", ["fast", "check"])
+    @pytest.mark.parametrize("channels", [3, 8, 140])  # with an idle lane, of one, and of all lanes of a warp
+    @pytest.mark.parametrize("place", [(1.0, 2.0), (1.25, 2.75), (-0.5, 3.5)], ids=str)
+    def test_all_samples_at_one_place(self, place: tuple[float, float], channels: int, build: str) -> None:
+        """More than a sample counts for itself, and than one row's threads add."""
+        for case in (
+            DCNv3("one place", batch=1, channels=2 * channels, size=(19, 16), kernel=1, padding=0),
+            Attention("one place", batch=1, queries=300, channels=channels, sizes=((3, 4), (3, 4)), softmax=True),
+        ):
+            tensors, grad_output = dict(case.tensors("float32")), case.grad_output("float32")
+            if isinstance(case, DCNv3):
+                tensors["offset"] = np.stack([place[1] - np.arange(16) + np.zeros((19, 1)),
+                                              place[0] - np.arange(19)[:, None] + np.zeros(16)], -1)  # fmt: skip
+                tensors["offset"] = np.tile(tensors["offset"], 2)[None].astype(np.float32)
+            else:
+                tensors["sampling_locations"] = np.empty_like(tensors["sampling_locations"])
+                tensors["sampling_locations"][...] = (place[1] + 0.5) / 4, (place[0] + 0.5) / 3
+            with emulator.settings(build=build, order="random"):
+                got = case.backward(tensors, grad_output)[IMAGE[case.op.name]]
+            with pytest.MonkeyPatch.context() as cpu:
+                cpu.setenv("CUDCN_DEVICE", "cpu")
+                want = case.backward(widened(tensors), grad_output.astype(np.float64))[IMAGE[case.op.name]]
+            case.close(got, want, "float32")
+
+    @pytest.mark.parametrize("dtype", ["float32", *HALVES])
+    @pytest.mark.parametrize("channels", [1, 40])
+    def test_many_samples_in_one_pixel(self, channels: int, dtype: str) -> None:
+        """Of equal terms, so that the rounding of a running float32 sum goes one way, off by 1e-3."""
+        queries, weight = 1 << 18, DTYPES[dtype](0.1)
+        tensors = {
+            "value": np.ones((1, 1, 1, channels), weight.dtype),
+            "spatial_shapes": np.array([[1, 1]]), "level_start_index": np.array([0]),
+            "sampling_locations": np.full((1, queries, 1, 1, 1, 2), 0.5, np.float32),
+            "attention_weights": np.broadcast_to(weight, (1, queries, 1, 1, 1)),
+        }  # fmt: skip
+        grad_output = np.full((1, queries, channels), weight)
+        got = cudcn.ms_deform_attn_backward(grad_output, **tensors).value.astype(float)
+        rel = {"float32": 1e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+        assert got == pytest.approx(np.full((1, 1, 1, channels), queries * float(weight) ** 2), rel=rel)
+
+    @pytest.mark.parametrize("build", ["fast", "check"])
+    def test_levels_that_overlap(self, build: str) -> None:
+        """A pixel gathers from each level that has it."""
+        case = Attention("overlapping", batch=2, queries=20, sizes=((5, 4), (3, 2), (2, 9)), softmax=True)
+        tensors = {**case.tensors(), "level_start_index": np.array([0, 2, 1])}
+        with emulator.settings(build=build):
+            got = case.backward(tensors, case.grad_output())
+        with pytest.MonkeyPatch.context() as cpu:
+            cpu.setenv("CUDCN_DEVICE", "cpu")
+            want = case.backward(tensors, case.grad_output())
+        case.close(got["value"], want["value"], "float64")
+
+    @pytest.mark.parametrize("case", SOFTMAX, ids=str)
+    @pytest.mark.parametrize("pairs", [1, 3])
+    def test_a_few_pairs_at_a_time(self, pairs: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of an image and a group: their samples are sorted together."""
+        seen: list[tuple[int, int]] = []
+        made = case.op.cuda._PAIRS
+        monkeypatch.setattr(Segments, "at_a_time", lambda *_: pairs)
+        monkeypatch.setattr(case.op.cuda, "_PAIRS", lambda **f: (seen.append((f["first"], f["count"])), made(**f))[1])
+        agrees_with_float64(case, "float64")
+        groups = case.heads if isinstance(case, Attention) else case.group
+        every = case.batch * groups
+        assert seen == [(n, min(pairs, every - n)) for n in range(0, every, pairs)]
+
+    def test_too_many_samples(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of one pair."""
+        case = Attention("too many")
+        monkeypatch.setattr(sort, "LARGEST", 2 * 5 * 2 - 1)
+        with pytest.raises(ValueError, match=r"ms_deform_attn: on CUDA the input's gradient sorts .*, got 20 and 108"):
+            case.backward(case.tensors(), case.grad_output())
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    @pytest.mark.parametrize("case", PLAIN, ids=str)
+    def test_a_nan_or_an_infinity_goes_where_the_cpu_has_it(self, case: Case, bad: float) -> None:
+        """From grad_output and weights; at whole places also to the corners of weight 0."""
+        name = PLACES[case.op.name]
+        whole = dict(case.tensors("float32"))
+        if isinstance(case, DCNv4):
+            offset, mask = case.unpacked(whole[name])
+            whole[name] = case.packed(np.floor(offset), mask).astype(np.float32)
+        elif isinstance(case, DCNv3):
+            whole[name] = np.floor(whole[name])
+        else:
+            size = whole["spatial_shapes"][:, None, ::-1]
+            whole[name] = ((np.floor(whole[name] * size) + 0.5) / size).astype(np.float32)
+        for spoiled in ("grad_output", list(case.op.tensors)[-1]):
+            for position in range(0, 60, 7):
+                tensors, grad_output = {n: t.copy() for n, t in whole.items()}, case.grad_output("float32")
+                array = grad_output if spoiled == "grad_output" else tensors[spoiled]
+                array.reshape(-1)[position] = bad
+                got = case.backward(tensors, grad_output)[IMAGE[case.op.name]]
+                with pytest.MonkeyPatch.context() as cpu:
+                    cpu.setenv("CUDCN_DEVICE", "cpu")
+                    want = case.backward(tensors, grad_output)[IMAGE[case.op.name]]
+                np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, err_msg=f"{spoiled} {position}")
 
 
 # ---- other ways to the same numbers

@@ -122,7 +122,8 @@ class TestEmulated:
         seen = launched(monkeypatch)
         for dtype in DTYPES:
             agrees_with_float64(BY_NAME["strides and dilations NHWC"], dtype)
-        assert len(seen) == 6 * len(DTYPES) + 2 + 7  # halves are packed; and the bias's two, which float64 shares
+        # halves are packed; the bias has two, which float64 shares; and the sort four of any dtype
+        assert len(seen) == 7 * len(DTYPES) + 2 + 7 + 4
         assert seen <= set(OP.cuda.kernels())
 
     @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])

@@ -45,6 +45,22 @@ def test_every_launched_instance_is_in_the_list(case: Case, monkeypatch: pytest.
     assert seen <= set(case.op.cuda.kernels())
 
 
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_operator
+def test_gradients_have_the_same_bits_in_every_order(case: Case, dtype: str) -> None:
+    """Of blocks, warps and lanes; where many samples meet in few pixels."""
+    crowded = {"size": (5, 6), "rois": 60, "sizes": ((3, 4), (2, 2)), "queries": 100}
+    case = replace(case, **{name: value for name, value in crowded.items() if hasattr(case, name)})
+    tensors, grad_output = case.tensors(dtype), case.grad_output(dtype)
+    runs = []
+    for order, seed in (("forward", 0), ("reverse", 0), *(("random", seed) for seed in range(4))):
+        with emulator.settings(build="fast", order=order, seed=seed):
+            runs.append(case.backward(tensors, grad_output))
+    for name, first in runs[0].items():
+        assert first is None or all(first.tobytes() == run[name].tobytes() for run in runs), name
+
+
 @pytest.mark.usefixtures("any_device")
 @every_operator
 def test_only_the_gradients_that_are_wanted(case: Case) -> None:

@@ -23,8 +23,9 @@ from every_case import EveryCase, EverySmallCase, agrees_with_float64, launched
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import cudcn
-from cudcn import emulator
+from cudcn import emulator, launch
 from cudcn.cuda import pooling
+from cudcn.cuda.sort import Segments
 
 f4 = np.float32
 
@@ -60,6 +61,16 @@ def test_pieces_of_any_size(case: RoIPooling, limit: str, value: int, monkeypatc
 
 # ---- the kernels
 
+_SIZES: dict[str, Any] = {"batch": 2, "size": (50, 75), "rois": 60, "channels": 3, "spatial_scale": 1.0}
+SPREAD: list[RoIPooling] = [
+    RoIAvgPool("spread", **_SIZES, output_size=(1, 3)),
+    PSRoIPool("spread", **_SIZES, output_size=(4, 3), group_size=(2, 3)),
+    DeformRoIPool("spread", **{**_SIZES, "channels": 35}, output_size=(2, 1), sampling_ratio=0),
+    DeformRoIPool("few samples", **_SIZES, output_size=(2, 1), sampling_ratio=2, channels_last=True),
+    DeformPSRoIPool("spread", **_SIZES, output_size=1),
+    DeformRoIPool("crowded", **{**_SIZES, "size": (9, 3), "rois": 400, "channels": 1}, output_size=(2, 1)),
+]
+
 
 @pytest.mark.usefixtures("emulated")
 class TestEmulated:
@@ -81,6 +92,35 @@ class TestEmulated:
                 grads.append(case.backward(tensors, grad_output))
         assert np.array_equal(first[0]["offset"], second[0]["offset"])
         assert np.array_equal(first[0]["mask"], second[0]["mask"])
+
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    @pytest.mark.parametrize("case", SPREAD, ids=str)
+    def test_bins_of_all_sizes(self, case: RoIPooling, dtype: str) -> None:
+        """In all grids that they are sorted into, with lists that a block sorts; and two slabs of channels."""
+        with emulator.settings(build="fast", order="random"):
+            got = case.backward(case.tensors(dtype), case.grad_output(dtype))["input"]
+        with pytest.MonkeyPatch.context() as cpu:
+            cpu.setenv("CUDCN_DEVICE", "cpu")
+            want = case.backward(widened(case.tensors(dtype)), case.grad_output(dtype).astype(np.float64))["input"]
+        case.close(got, want, dtype)
+
+    def test_a_class_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = BY_NAME["deform_psroi_pool more parts"]  # of three classes
+        seen: list[tuple[int, int]] = []
+        made = pooling._PLANES
+        monkeypatch.setattr(Segments, "at_a_time", lambda *_: 2)
+        monkeypatch.setattr(
+            pooling, "_PLANES", lambda **f: (seen.append((f["first_class"], f["classes"])), made(**f))[1]
+        )
+        agrees_with_float64(case, "float64")
+        assert seen == [(0, 2), (2, 1)]
+
+    def test_too_many_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of the input's gradient: 2 images of 2 tiles."""
+        case = BY_NAME["roi_avg_pool plain"]
+        monkeypatch.setattr(launch, "LARGEST_GRID", 3)
+        with pytest.raises(ValueError, match=r"roi_avg_pool: the input's gradient needs 4 blocks, CUDA takes 3"):
+            case.backward(case.tensors(), case.grad_output())
 
 
 coordinates = st.floats(-30, 60, width=32)

@@ -160,6 +160,28 @@ def test_a_sample_on_a_pixel_reads_its_neighbours_too(where: tuple[int, int]) ->
         assert np.isnan(call(bad).item())
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_a_nan_or_an_infinity_goes_where_the_cpu_has_it(
+    case: RoIPooling, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From grad_output and mask to the pixels that the bin touches, those of weight 0 too."""
+    tensors = dict(case.tensors("float32"))
+    tensors["rois"] = np.array([[0, 2, 2, 6, 6], [0, 1, 2, 5, 10], [1, 0, 4, 16, 8], [1, 9, 9, 30, 30]], f4)
+    for name in {"offset"} & tensors.keys():
+        tensors[name] = np.zeros_like(tensors[name])  # so that samples lie on pixels
+    for spoiled in {"grad_output", "mask"} & {"grad_output", *tensors}:
+        for position in range(0, 20, 3):
+            grad_output = case.grad_output("float32")
+            given = {"grad_output": grad_output, **{name: t.copy() for name, t in tensors.items()}}
+            given[spoiled].reshape(-1)[position] = bad
+            got = []
+            for device in ("cpu", "emulator"):
+                monkeypatch.setenv("CUDCN_DEVICE", device)
+                got.append(getattr(cudcn, f"{case.op.name}_backward")(**given, **case.attributes).input)
+            np.testing.assert_allclose(got[1], got[0], rtol=1e-4, atol=1e-5, err_msg=f"{spoiled} {position}")
+
+
 MANY_SAMPLES = [
     RoIAvgPool("many samples", size=(30, 40)),
     PSRoIPool("many samples", size=(30, 40)),

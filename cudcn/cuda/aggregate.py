@@ -1,7 +1,8 @@
-"""dcnv3, dcnv4 and ms_deform_attn on a GPU: one kernel makes the output, one all the gradients.
+"""dcnv3, dcnv4 and ms_deform_attn on a GPU: a kernel for the output, one for the gradients of places and weights, and
+the image's gradient, gathered from samples that are sorted.
 
-Both read contiguous tensors, so that a thread can take 16 bytes at a time; others are copied first.
-See kernels_cu/aggregate.cuh.
+All read contiguous tensors, so that a thread can take 16 bytes at a time; others are copied first.
+See kernels_cu/aggregate.cuh and kernels_cu/aggregate_backward_input.cu.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from ..check import LARGEST
 from ..dtypes import arithmetic
 from ..geometry import Aggregation, Attention, ceil_div
 from ..launch import Kernel, address, ctype
+from . import sort
+from .sort import Segments
 
 _THREADS = sources.constant("aggregate.cuh", "THREADS")
 _WARPS = _THREADS // 32
@@ -28,24 +31,22 @@ _WINDOWS: dict[type, sources.Struct] = {
     dtype: sources.Struct("aggregate.cuh", "Windows", A=dtype, Divisor=_DIVISOR) for dtype in (np.float32, np.float64)
 }
 _ATTENTION = sources.Struct("aggregate.cuh", "Attention")
-_BACKWARD = sources.Struct("aggregate_backward", "Aggregate")
-_BACKWARD_WINDOWS: dict[type, sources.Struct] = {
-    dtype: sources.Struct("aggregate_backward", "Windows", A=dtype) for dtype in (np.float32, np.float64)
-}
+_PAIRS = sources.Struct("aggregate_backward_input", "Pairs")
+_SOURCES = ("Windows", "Attention")
 _RUN = 32  # samples that are summed in one run, if there are more than a warp holds at a time
 
 
 def kernels() -> list[Kernel]:
     """Every instance that these operators can launch."""
-    types = [
-        (data, (data.ctype, places.ctype, source))
-        for data, places in dtypes.together(1)
-        for source in ("Windows", "Attention")
-    ]
+    types = [(data, (data.ctype, places.ctype, source)) for data, places in dtypes.together(1) for source in _SOURCES]
+    each = [(data, data.ctype, source) for data in dtypes.DTYPES.values() for source in _SOURCES]
     return [
-        *(_kernel("aggregate_forward", *names, v, s) for d, names in types for v in _vectors(d.size) for s in (0, 1)),
-        *(_kernel("aggregate_backward", *names, v) for d, names in types for v in _vectors(d.size)),
-        *(_kernel("aggregate_backward_places", *names, v) for d, names in types for v in _places_vectors(d.size)),
+        *(_kernel("forward", *names, v, s) for d, names in types for v in _vectors(d.size) for s in (0, 1)),
+        *(_kernel("backward_places", *names, v) for d, names in types for v in _places_vectors(d.size)),
+        *(_kernel("backward_input", *names, v) for d, *names in each for v in _vectors(d.size)),
+        *(_kernel(name, *names) for _, *names in each for name in ("count", "records")),
+        *(_kernel("softmax", data.ctype) for data in dtypes.DTYPES.values()),
+        *sort.kernels(),
     ]
 
 
@@ -77,9 +78,10 @@ def backward(g: Aggregation, grads: Any, grad_output: Any, *tensors: Any) -> Non
 
 
 def _backward_input(call: _Call, grad: Any, grad_output: Any) -> None:
-    target = call.target(grad, arithmetic(call.image))
-    target.fill(0)
-    call.launch_backward(grad_output, target)
+    if not grad.size:
+        return
+    target = call.target(grad, grad.dtype)
+    call.launch_backward_input(grad_output, target)
     if target is not grad:
         grad[...] = target
 
@@ -128,23 +130,47 @@ class _Call:
     def launch_forward(self, target: Any) -> None:
         split = self._split(_vectors, [self.image, target])
         simple = split.held == self.samples and not self.g.softmax
-        self._launch("aggregate_forward", split, [], [target], int(simple))
+        self._launch("forward", split, [], [target], int(simple))
 
     def launch_backward_places(self, grad_output: Any, targets: list[Any]) -> None:
         split = self._split(_places_vectors, [self.image, grad_output])
-        self._launch("aggregate_backward_places", split, [grad_output], targets)
+        self._launch("backward_places", split, [grad_output], targets)
 
-    def launch_backward(self, grad_output: Any, target: Any) -> None:
-        g, split = self.g, self._split(_vectors, [self.image, grad_output])
-        plan = _BACKWARD(
-            **self._steps(), images=g.batch, height=g.queries[0], width=g.queries[1], pixels=g.pixels, groups=g.groups,
-            channels=g.group_channels, samples=self.samples, softmax=g.softmax, packed=g.packed,
-        )  # fmt: skip
+    def launch_backward_input(self, grad_output: Any, grad_image: Any) -> None:
+        """Sorts the samples of some pairs of an image and a group at a time, from which each pixel gathers."""
+        g, device, queries, dtype = self.g, self.device, math.prod(self.g.queries), arithmetic(self.image)
+        # ms_deform_attn's level of h x w pixels has (h + 1) * (w + 1) <= 2 * (h * w + 1) cells
+        cells = 2 * (g.pixels + 1) if isinstance(g, Attention) else (g.height + 1) * (g.width + 1)
+        pair, record = Segments(g.levels, cells, queries * g.points), sort.record_bytes(dtype)
+        split = self._split(_vectors, [grad_output, grad_image])
+        self._grid(split.rows * _WARPS, split.vector)  # raises
+        rows = _THREADS // split.lanes
+        source, aggregate = _source(g, dtype), self._aggregate(split)
+        kernels = [_kernel(name, ctype(self.places), type(g).__name__) for name in ("count", "records")]
+        gather = _kernel("backward_input", ctype(self.image), type(g).__name__, split.vector)
+        softmax_bytes = 2 * np.dtype(dtype).itemsize * queries if g.softmax else 0
+        step = pair.at_a_time(g.name, record, softmax_bytes)
+        for first in range(0, g.batch * g.groups, step):
+            count = min(step, g.batch * g.groups - first)
+            pairs = _PAIRS(first=first, count=count, levels=g.levels, cells=cells, samples=pair.segment_samples)
+            softmax = None
+            if g.softmax:
+                softmax = device.empty((count * queries, 2), dtype)
+                self._launch_softmax(softmax, aggregate, pairs)
+            arguments = self.places, self.weights, *self.levels, softmax, source, aggregate, pairs
+            lists = sort.sort(device, pair.times(count), record, *kernels, *arguments)
+            device.launch(
+                gather, ceil_div(count * g.pixels, rows), (split.lanes, rows), grad_output, *self.levels, *lists,
+                grad_image, source, aggregate, pairs,
+            )  # fmt: skip
+
+    def _launch_softmax(self, softmax: Any, aggregate: Any, pairs: Any) -> None:
+        """Of each query: lanes that take up to four samples each."""
+        lanes = min(32, 1 << (ceil_div(self.samples, 4) - 1).bit_length())
+        rows = _THREADS // lanes
         self.device.launch(
-            _kernel("aggregate_backward", *self._types(), split.vector),
-            self._grid(_THREADS // split.lanes, split.vector), (split.lanes, _THREADS // split.lanes),
-            grad_output, self.image, self.places, self.weights, *self.levels, target, None, None,
-            _backward_source(g, arithmetic(self.image)), plan,
+            _kernel("softmax", ctype(self.places)), ceil_div(softmax.shape[0], rows), (lanes, rows),
+            self.weights, softmax, aggregate, pairs,
         )  # fmt: skip
 
     def _launch(self, name: str, split: _Split, inputs: list[Any], outputs: list[Any], *template: int) -> None:
@@ -197,8 +223,8 @@ class _Call:
             strips_of=_divisor(min(_STRIP, height) * width), last_strip_of=_divisor(height % _STRIP or _STRIP),
             images=g.batch, height=height, width=width, pixels=g.pixels, groups=g.groups, channels=g.group_channels,
             samples=self.samples, softmax=g.softmax, packed=g.packed,
-            pixel_bytes=g.groups * g.group_channels * self.image.itemsize, lanes=lanes, log_lanes=lanes.bit_length() - 1, rows=rows,
-            slots=32 // lanes, held=held, reciprocal=2**16 // held + 1,
+            pixel_bytes=g.groups * g.group_channels * self.image.itemsize, lanes=lanes,
+            log_lanes=lanes.bit_length() - 1, rows=rows, slots=32 // lanes, held=held, reciprocal=2**16 // held + 1,
         )  # fmt: skip
 
     def _steps(self) -> dict[str, int]:
@@ -245,17 +271,6 @@ def _source(g: Aggregation, dtype: type) -> np.ndarray:
     )  # fmt: skip
 
 
-def _backward_source(g: Aggregation, dtype: type) -> np.ndarray:
-    if isinstance(g, Attention):
-        return _source(g, dtype)
-    return _BACKWARD_WINDOWS[dtype](
-        scale=g.offset_scale, height=g.height, width=g.width, kernel_h=g.kernel[0],
-        left_out=g.points // 2 if g.remove_center else g.points,
-        stride_h=g.stride[0], stride_w=g.stride[1], top=g.padding[0], left=g.padding[1],
-        dilation_h=g.dilation[0], dilation_w=g.dilation[1], center_h=g.center[0], center_w=g.center[1],
-    )  # fmt: skip
-
-
 def _not_below(number: int, dtype: Any) -> Any:
     """The least of the type's numbers that is not below an integer."""
     nearest = dtype(number)
@@ -263,4 +278,6 @@ def _not_below(number: int, dtype: Any) -> Any:
 
 
 def _kernel(name: str, *template: str | int) -> Kernel:
-    return Kernel("aggregate" if name == "aggregate_forward" else name, f"{name}<{', '.join(map(str, template))}>")
+    source = {"forward": "aggregate", "backward_places": "aggregate_backward_places"}
+    expression = f"aggregate_{name}<{', '.join(map(str, template))}>"
+    return Kernel(source.get(name, "aggregate_backward_input"), expression)

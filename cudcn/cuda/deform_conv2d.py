@@ -16,16 +16,18 @@ from .. import launch, sources
 from ..dtypes import DTYPES, arithmetic
 from ..geometry import Convolution, ceil_div
 from ..launch import Kernel, address, strides
+from . import sort
+from .sort import Segments
 
 _THREADS = sources.constant("tile.cuh", "THREADS")
 _ROWS = sources.constant("deform_conv2d.cuh", "ROWS")
-_SORTERS = sources.constant("deform_conv2d_backward_input", "SORTERS")
 _WEIGHT_OUTS = sources.constant("deform_conv2d_backward", "WEIGHT_OUTS")
 _WEIGHT_CHANNELS = sources.constant("deform_conv2d_backward", "WEIGHT_CHANNELS")
 _SOURCES = {
     "forward": "deform_conv2d",
     "pack": "deform_conv2d",
-    "sort": "deform_conv2d_backward_input",
+    "count": "deform_conv2d_backward_input",
+    "records": "deform_conv2d_backward_input",
     "backward_input": "deform_conv2d_backward_input",
 }
 _STEP = 64  # bytes of k in one step of a product
@@ -43,13 +45,14 @@ _PIXELS = sources.Struct("deform_conv2d_backward", "Pixels")
 
 def kernels() -> list[Kernel]:
     """Every instance that this operator can launch."""
-    found = [_kernel(name, t) for name in ("pack", "sort", "add_splits") for t in DTYPES]
+    found = [_kernel(name, t) for name in ("pack", "count", "records", "add_splits") for t in DTYPES]
     for name in ("forward", "backward_input"):
         found += [_kernel(name, t, outs) for t in DTYPES for outs in _outs(t)] + [_kernel(name, "tf32", 64)]
     for name in ("backward_offset", "backward_weight"):
         found += [_kernel(name, t, grouped) for t in DTYPES for grouped in (False, True)]
         found.append(_kernel(name, "tf32", False))
-    return found + [_pixel_sums(*pair) for t in DTYPES for pair in {(t, "float64"), ("float64", t)}]
+    found += [_pixel_sums(*pair) for t in DTYPES for pair in {(t, "float64"), ("float64", t)}]
+    return found + sort.kernels()
 
 
 def forward(g: Convolution, out: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> None:
@@ -187,7 +190,6 @@ class _Call:
         blocks = max(self.bundles * self._out_tiles(64), g.offset_groups * g.taps) * ceil_div(g.out_pixels, _ROWS)
         pixels = g.out_pixels
         if of_input:
-            image_bytes += sum(size * np.dtype(dtype).itemsize for size, dtype in self._sorted().values())
             pixels = max(pixels, (g.height + 1) * (g.width + 1))
             blocks = max(blocks, self.input_rows.parts * ceil_div(self.input_rows.part, 64) * ceil_div(pixels, _ROWS))
         if max(blocks, pixels) > largest:
@@ -196,6 +198,8 @@ class _Call:
                 f"of threads, got {pixels} and {blocks}"
             )
         most = min(launch.WORKSPACE // max(1, image_bytes), largest // max(blocks, pixels))
+        if of_input:
+            most = min(most, self._segments().at_a_time("deform_conv2d", sort.record_bytes(self.sums), image_bytes))
         step = max(1, min(g.batch, most))
         return (slice(n, min(n + step, g.batch)) for n in range(0, g.batch, step))
 
@@ -220,27 +224,21 @@ class _Call:
             turned, grad_offset, strides(grad_offset), grad_mask, strides(grad_mask), self._convolution(images),
         )  # fmt: skip
 
-    def _sorted(self) -> dict[str, tuple[int, Any]]:
-        """Sizes of the lists of samples of one image, one for each offset group and tap."""
-        g, segments = self.g, self.g.offset_groups * self.g.taps
-        samples = segments * g.out_pixels
-        return {
-            "starts": (segments * ((g.height + 1) * (g.width + 1) + 1), np.int32),
-            "cells_of": (samples, np.int32), "order": (samples, np.int32), "records": (4 * samples, self.sums),
-        }  # fmt: skip
+    def _segments(self) -> Segments:
+        """The samples of one image that are sorted apart: those of an offset group and tap."""
+        g = self.g
+        return Segments(g.offset_groups * g.taps, (g.height + 1) * (g.width + 1), g.out_pixels)
 
     def backward_input(self, images: slice, grad_output: Any, turned: Any, grad_input: Any) -> None:
         g, device, count = self.g, self.device, images.stop - images.start
-        lists = [device.empty((count * size,), dtype) for size, dtype in self._sorted().values()]
-        threads = min(_SORTERS, ceil_div(g.out_pixels, 32) * 32)
-        segments, convolution = count * g.offset_groups * g.taps, self._convolution(images)
-        device.launch(_kernel("sort", self.dtype), segments, (threads, 1), *self._places(images), *lists, convolution)
-        starts, _, _, records = lists
+        convolution, kernels = self._convolution(images), [_kernel(name, self.dtype) for name in ("count", "records")]
+        record = sort.record_bytes(self.sums)
+        lists = sort.sort(device, self._segments().times(count), record, *kernels, *self._places(images), convolution)
         outs = self._tile(self.input_rows.part, g.taps * self.output_rows.depth)
         tiles = self.input_rows.parts * (ceil_div(self.input_rows.part, outs) if outs else 1)
         grid = ceil_div(count * g.height * g.width, _ROWS) * tiles
         kernel = _kernel("backward_input", self.factors, outs)
-        arguments = grad_output, starts, records, turned, grad_input, strides(grad_input)
+        arguments = grad_output, *lists, turned, grad_input, strides(grad_input)
         # float16 sums over many samples may overflow: the second launch makes those blocks again, scaled down.
         overflows = device.empty((grid,), np.int32) if self.dtype == "float16" else None
         device.launch(kernel, grid, (_THREADS, 1), *arguments, overflows, None, convolution)

@@ -1,4 +1,7 @@
-"""The RoI pooling operators on a GPU: one thread a bin and a few channels. See kernels_cu/pooling.cu."""
+"""The RoI pooling operators on a GPU: one thread a bin and a few channels. See kernels_cu/pooling.cu.
+
+The input's gradient has one thread a pixel and a few channels. See kernels_cu/pooling_backward_input.cu.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,32 @@ from .. import launch, sources
 from ..dtypes import DTYPES, arithmetic
 from ..geometry import RoIPooling, ceil_div
 from ..launch import Kernel, ctype, strides
+from . import sort
+from .sort import Segments
 
 _THREADS = 256
 _SLAB = sources.constant("pooling", "SLAB_BYTES")
 _LANES = 8  # threads that share a bin's channels, where neighbouring ones are on neighbouring bins
-_POOLING = sources.Struct("pooling", "Pooling")
+_TILE = sources.constant("pooling_backward_input", "TILE")
+_SLICES = sources.constant("pooling_backward_input", "SLICES")
+_POOLING = sources.Struct("pooling.cuh", "Pooling")
+_PLANES = sources.Struct("pooling_backward_input", "Planes")
+_LISTED: dict[type, sources.Struct] = {
+    dtype: sources.Struct("pooling_backward_input", "Listed", A=dtype) for dtype in (np.float32, np.float64)
+}
+_INPUT = "pooling_backward_input"
 
 
 def kernels() -> list[Kernel]:
     """Every instance that the four operators can launch."""
     kinds = ("Average", "DeformRoI", "DeformPSRoI")
-    names = [*itertools.product(("pool", "pool_backward_input"), kinds)]
-    names += [("pool_backward_offset", kind) for kind in kinds[1:]]
-    return [_kernel(name, dtype.ctype, kind) for (name, kind), dtype in itertools.product(names, DTYPES.values())]
+    names = [*itertools.product(("pool",), kinds), *itertools.product(("pool_backward_offset",), kinds[1:])]
+    found = [_kernel(name, dtype.ctype, kind) for (name, kind), dtype in itertools.product(names, DTYPES.values())]
+    for kind in kinds:
+        found += [_kernel("pool_backward_input", dtype.ctype, kind, _INPUT) for dtype in DTYPES.values()]
+        for name, dtype in itertools.product(("pool_count", "pool_records"), ("float32", "float64")):
+            found.append(_kernel(name, DTYPES[dtype].ctype, kind, _INPUT))
+    return found + sort.kernels()
 
 
 def forward(g: RoIPooling, out: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None) -> None:
@@ -41,15 +57,9 @@ def backward(
     with launch.device(grad_output) as device:
         positions = _positions(device, input, rois, offset, mask)
         gradient = grad_output, strides(grad_output)
-        if grad_input is not None:  # a bin's gradient / divisor * mask, times a sample's four weights, to its pixels
-            sums = _input_sums(device, g, grad_input)
-            sums[...] = 0
-            channels_last = _channels_last(g, sums)
-            _launch(
-                device, g, "pool_backward_input", input, channels_last, 1, *gradient, *positions, sums, strides(sums)
-            )
-            if sums is not grad_input:
-                grad_input[...] = sums
+        if grad_input is not None and grad_input.size > 0:
+            # a bin's gradient / divisor * mask, times its samples' weights, to their pixels
+            _backward_input(device, g, grad_input, *gradient, *positions)
         if grad_offset is not None or grad_mask is not None:  # a bin's own, which parts of several bins add up
             bins = (g.rois, 2 * g.classes, *g.output_size)
             offset_sums = None if grad_offset is None else _sums(device, input, grad_offset, bins)
@@ -76,14 +86,41 @@ def _channels_last(g: RoIPooling, image: Any) -> bool:
     return g.group_size == (1, 1) and g.channels > 1 and image.strides[1] == image.itemsize
 
 
-def _input_sums(device: Any, g: RoIPooling, grad: Any) -> Any:
-    """Where atomics sum the input's gradient, in float64: with the channels channels_last, unless bins have groups."""
-    if grad.dtype == np.float64 and (_channels_last(g, grad) or g.group_size != (1, 1) or g.channels == 1):
-        return grad
-    if g.group_size != (1, 1):
-        return device.empty(grad.shape, np.float64)
-    n, c, h, w = grad.shape
-    return device.empty((n, h, w, c), np.float64).transpose(0, 3, 1, 2)
+def _backward_input(device: Any, g: RoIPooling, grad_input: Any, *args: Any) -> None:
+    """Sorts the bins of some classes at a time, and gathers from them. `args`: grad_output, its strides, positions."""
+    dtype = arithmetic(grad_input)
+    grad_output, grad_output_strides, *positions = args
+    planes, cells = g.batch * math.prod(g.group_size), _grid_cells(g.height, g.width)
+    a_class = Segments(1, planes * cells, g.rois * math.prod(g.output_size))
+    slabs = ceil_div(g.out_channels // g.classes, _SLICES * _SLAB // np.dtype(dtype).itemsize)
+    blocks = planes * slabs * ceil_div(g.height, _TILE) * ceil_div(g.width, _TILE)
+    if blocks > launch.LARGEST_GRID:
+        raise ValueError(f"{g.name}: the input's gradient needs {blocks} blocks, CUDA takes {launch.LARGEST_GRID}")
+    record = int(_LISTED[dtype].dtype.itemsize)
+    step = min(a_class.at_a_time(g.name, record), launch.LARGEST_GRID // blocks)
+    pooling = _pooling(g, channels_last=False, tiles=0, slabs=0)
+    ctype_of_positions = DTYPES[np.dtype(dtype).name].ctype
+    kernels = [_kernel(name, ctype_of_positions, g.kind, _INPUT) for name in ("pool_count", "pool_records")]
+    for first in range(0, g.classes, step):
+        classes = min(step, g.classes - first)
+        some = _PLANES(cells=cells, first_class=first, classes=classes)
+        arguments = *positions, grad_output_strides, pooling, some
+        lists = sort.sort(device, a_class.times(classes), record, *kernels, *arguments)
+        device.launch(
+            _kernel("pool_backward_input", ctype(grad_input), g.kind, _INPUT), classes * blocks,
+            (_TILE * _TILE * _SLICES, 1), grad_output, grad_output_strides, *lists, grad_input, strides(grad_input),
+            pooling, some,
+        )  # fmt: skip
+
+
+def _grid_cells(height: int, width: int) -> int:
+    """Of all grids of a plane, from cells of a tile to one that is no smaller than the image: `Grid` in the kernel."""
+    cells, size = 0, _TILE
+    while True:
+        cells += (ceil_div(height, size) + 1) * (ceil_div(width, size) + 1)
+        if size >= max(height, width):
+            return cells
+        size *= 2
 
 
 def _sums(device: Any, input: Any, grad: Any, shape: tuple[int, ...]) -> Any:
@@ -118,17 +155,21 @@ def _launch(device: Any, g: RoIPooling, name: str, input: Any, channels_last: bo
     grid = tiles * slabs * g.classes
     if grid > launch.LARGEST_GRID:
         raise ValueError(f"{g.name}: {g.rois} rois need {grid} blocks of threads, CUDA takes {launch.LARGEST_GRID}")
-    pooling = _POOLING(
-        spatial_scale=g.spatial_scale, offset_unit=g.offset_unit,
-        images=g.batch, height=g.height, width=g.width, rois=g.rois,
-        rows=g.output_size[0], columns=g.output_size[1], group_rows=g.group_size[0], group_columns=g.group_size[1],
-        part_rows=g.part_size[0], part_columns=g.part_size[1], classes=g.classes, class_channels=channels,
-        samples=g.samples, channels_last=channels_last, tiles=tiles, slabs=slabs,
-    )  # fmt: skip
+    pooling = _pooling(g, channels_last=channels_last, tiles=tiles, slabs=slabs)
     block = (lanes, bins) if channels_last else (bins, lanes)
     kernel = _kernel(name, ctype(input), g.kind)
     device.launch(kernel, grid, block, *args, pooling)
 
 
-def _kernel(name: str, dtype: str, kind: str) -> Kernel:
-    return Kernel("pooling", f"{name}<{dtype}, {kind}>")
+def _pooling(g: RoIPooling, **launched: Any) -> np.ndarray:
+    return _POOLING(
+        spatial_scale=g.spatial_scale, offset_unit=g.offset_unit,
+        images=g.batch, height=g.height, width=g.width, rois=g.rois,
+        rows=g.output_size[0], columns=g.output_size[1], group_rows=g.group_size[0], group_columns=g.group_size[1],
+        part_rows=g.part_size[0], part_columns=g.part_size[1], classes=g.classes,
+        class_channels=g.out_channels // g.classes, samples=g.samples, **launched,
+    )  # fmt: skip
+
+
+def _kernel(name: str, dtype: str, kind: str, source: str = "pooling") -> Kernel:
+    return Kernel(source, f"{name}<{dtype}, {kind}>")

@@ -95,9 +95,8 @@ def dcnv4_backward(
 ) -> DCNv4Gradients:
     """The gradients of `sum(grad_output * dcnv4(...))`; of the logits with `softmax=True`.
 
-    `grad_output` has the output's shape and dtype; the rest is as in `dcnv4`. On the CPU the result is deterministic;
-    on CUDA the input's gradient is summed by atomics, in no fixed order and, but for float64, in float32: where n
-    samples read one pixel, it can be off by n * 2**-24 of the sum of their shares without signs.
+    `grad_output` has the output's shape and dtype; the rest is as in `dcnv4`. The result is deterministic, on
+    CUDA too.
     """
     return OP.backward_of(
         grad_output, input, offset_mask,

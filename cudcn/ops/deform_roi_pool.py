@@ -108,8 +108,7 @@ def deform_roi_pool_backward(
 
     `grad_output` has the output's shape and dtype; the rest is as in `deform_roi_pool`. The offset's gradient is the
     true derivative: a sample whose position is clamped has none along that axis (NaN if it reads an infinite pixel); at
-    whole numbers the slope is that of the cell [p, p + 1]. On the CPU the result is deterministic; on CUDA the input's
-    gradient is summed by atomics, in no fixed order.
+    whole numbers the slope is that of the cell [p, p + 1]. The result is deterministic, on CUDA too.
     """
     return OP.backward_of(
         grad_output, input, rois, offset, mask,

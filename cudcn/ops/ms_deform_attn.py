@@ -91,9 +91,8 @@ def ms_deform_attn_backward(
 ) -> MSDeformAttnGradients:
     """The gradients of `sum(grad_output * ms_deform_attn(...))`; of the logits with `softmax=True`.
 
-    `grad_output` has the output's shape and dtype; the rest is as in `ms_deform_attn`. On the CPU the result is
-    deterministic; on CUDA the value's gradient is summed by atomics, in no fixed order and, but for float64, in
-    float32: where n samples read one pixel, it can be off by n * 2**-24 of the sum of their shares without signs.
+    `grad_output` has the output's shape and dtype; the rest is as in `ms_deform_attn`. The result is
+    deterministic, on CUDA too.
     """
     return OP.backward_of(
         grad_output, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, softmax=softmax

@@ -84,8 +84,8 @@ def psroi_pool_backward(
 ) -> PSRoIPoolGradients:
     """The gradients of `sum(grad_output * psroi_pool(...))`.
 
-    `grad_output` has the output's shape and dtype; the rest is as in `psroi_pool`. On the CPU the result is
-    deterministic; on CUDA the input's gradient is summed by atomics, in no fixed order.
+    `grad_output` has the output's shape and dtype; the rest is as in `psroi_pool`. The result is
+    deterministic, on CUDA too.
     """
     return OP.backward_of(
         grad_output, input, rois, output_size=output_size, group_size=group_size, spatial_scale=spatial_scale

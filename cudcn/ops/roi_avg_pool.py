@@ -73,8 +73,8 @@ def roi_avg_pool_backward(
 ) -> RoIAvgPoolGradients:
     """The gradients of `sum(grad_output * roi_avg_pool(...))`.
 
-    `grad_output` has the output's shape and dtype; the rest is as in `roi_avg_pool`. On the CPU the result is
-    deterministic; on CUDA the input's gradient is summed by atomics, in no fixed order.
+    `grad_output` has the output's shape and dtype; the rest is as in `roi_avg_pool`. The result is
+    deterministic, on CUDA too.
     """
     return OP.backward_of(grad_output, input, rois, output_size=output_size, spatial_scale=spatial_scale)
 
