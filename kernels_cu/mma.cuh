@@ -17,7 +17,7 @@
 #pragma once
 #include "platform.cuh"
 
-// Whether mma_m16n8k16 takes a type.
+// Whether the tensor cores take a type.
 template <typename T> struct HasTensorCores { static constexpr bool value = false; };
 template <> struct HasTensorCores<__half> { static constexpr bool value = true; };
 #if __CUDA_ARCH__ >= 800 || !defined(__CUDACC__)

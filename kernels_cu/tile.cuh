@@ -164,10 +164,7 @@ template <typename T, int ROWS, int OUTS, bool TRANSPOSED> struct Fmas {
   }
 };
 
-template <typename T> struct HasTensorCores { static constexpr bool value = false; };
-template <> struct HasTensorCores<__half> { static constexpr bool value = true; };
 #if __CUDA_ARCH__ >= 800 || !defined(__CUDACC__)
-template <> struct HasTensorCores<__nv_bfloat16> { static constexpr bool value = true; };
 template <> struct HasTensorCores<Tf32> { static constexpr bool value = true; };
 #endif
 

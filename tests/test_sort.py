@@ -11,7 +11,7 @@ from cudcn import emulator, launch
 from cudcn.cuda.sort import Segments, sort
 from cudcn.launch import Kernel
 
-SOURCE = str(Path(__file__).parent / "kernels" / "sorted_cells.cu")
+SOURCE = str(Path(__file__).parent / "emulator" / "kernels" / "sorted_cells.cu")
 NOWHERE = -1
 
 
