@@ -31,8 +31,20 @@ A race changes the result of the fast build only where the threads run in an ord
 
 from .build import kernel, unavailable
 from .configuration import settings
+from .counts import Counts, Event, counts
 from .errors import BuildError, EmulatorError
 from .launch import Compiled
 from .memory import empty
 
-__all__ = ["BuildError", "Compiled", "EmulatorError", "empty", "kernel", "settings", "unavailable"]
+__all__ = [
+    "BuildError",
+    "Compiled",
+    "Counts",
+    "EmulatorError",
+    "Event",
+    "counts",
+    "empty",
+    "kernel",
+    "settings",
+    "unavailable",
+]
