@@ -2,9 +2,9 @@
 // same hooks as to the checker, and nothing is checked.
 //
 // The k-th time that each lane of a warp comes to one place, they are taken to come together: one instruction of the
-// warp. A place is a line of the kernel with all the calls that led there. What a thread has loaded a moment ago, with
-// no store, atomic or barrier since, is in a register: this build, which optimises nothing, loads it anew each time it
-// is used, and that is not counted.
+// warp. A place is a line of the kernel with all the calls that led there. What a thread has loaded from shared
+// memory a moment ago, with no store, atomic or barrier since, is in a register: this build, which optimises nothing,
+// loads it anew each time it is used, and that is not counted.
 #include "runtime.h"
 
 #include <algorithm>
@@ -224,16 +224,14 @@ static const Buffer *find_buffer(uintptr_t address) {
   return nullptr;
 }
 
-static void count_access(int thread, const char *name, uintptr_t address, size_t size, Frame frame) {
-  if (const Buffer *buffer = find_buffer(address)) count(thread, name, buffer->shared, address, size, frame);
-}
-
 void check_access(int lane, const void *address, size_t size, AccessKind kind, Site site) {
   if (async_copy_in_progress) return;  // it was counted when it started
   if (kind != AccessKind::read) loaded[block.current].clear();
   static const char *const names[] = {"load", "store", "atomic", "copy"};
-  count_access(block.current / 32 * 32 + lane, names[int(kind)], reinterpret_cast<uintptr_t>(address), size,
-               {site.file, uint64_t(site.line)});
+  const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+  if (const Buffer *buffer = find_buffer(at)) {
+    count(block.current / 32 * 32 + lane, names[int(kind)], buffer->shared, at, size, {site.file, uint64_t(site.line)});
+  }
 }
 
 void counter_copy(const void *source, size_t size, Site site) {
@@ -246,9 +244,12 @@ void check_access(const void *address, size_t size, AccessKind kind, Site site) 
 
 void check_instrumented_access(uintptr_t address, size_t size, bool is_write, bool, uintptr_t return_address) {
   if (is_on_stack(address)) return;
+  const Buffer *buffer = find_buffer(address);
+  if (!buffer) return;
   if (is_write) loaded[block.current].clear();
-  else if (is_in_register(block.current, address, size)) return;
-  count_access(block.current, is_write ? "store" : "load", address, size, {nullptr, return_address - 1 - kernel_base});
+  else if (buffer->shared && is_in_register(block.current, address, size)) return;
+  count(block.current, is_write ? "store" : "load", buffer->shared, address, size,
+        {nullptr, return_address - 1 - kernel_base});
 }
 
 // Of the last launch: where its events are, and how many.
