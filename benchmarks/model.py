@@ -1,6 +1,6 @@
 """What a call would cost on an H100, counted without one. Every time that this prints is an estimate.
 
-Usage: python benchmarks/model.py [--only OPERATOR] [--dtype DTYPE] [--kernels] [--layout NHWC]
+Usage: python benchmarks/model.py [--only OPERATOR] [--dtype DTYPE] [--kernels]
 
 The launches of each of gpu.py's cases are those that the package makes for its full-size arrays. Of each launch some
 blocks run on the emulator's counting build, and what these do is multiplied by the grid: sectors of 32 bytes and
@@ -168,7 +168,7 @@ class Estimate:
     wavefronts: float = 0  # through L1 and shared memory, of 128 bytes
     l2: float = 0  # bytes
     reductions: float = 0  # bytes, in whole sectors
-    memory: float = 0  # bytes, each array once
+    memory: float = 0  # bytes: each array once, unless even L2 sees less
 
     @property
     def times(self) -> dict[str, float]:
@@ -233,6 +233,7 @@ def counted(made: Launch, run: Callable[[], None]) -> Estimate:
     times, warps = made.grid / counts.blocks, made.grid * math.ceil(math.prod(made.block) / 32)
     of_global = [event for event in counts.events if event.size and not event.shared]
     sectors = {name: sum(e.sectors for e in of_global if e.name == name) for name in ("store", "atomic")}
+    l2 = times * SECTOR * (counts.loaded_sectors + sum(sectors.values()))
     issued = {
         name: warps * sum(n for opcode, n in runs.opcodes.items() if opcode.startswith(kinds))
         for name, kinds in OPCODES.items()
@@ -245,9 +246,9 @@ def counted(made: Launch, run: Callable[[], None]) -> Estimate:
         most=warps * runs.most,
         **issued,
         wavefronts=times * sum(e.wavefronts + e.sectors / 4 for e in counts.events),
-        l2=times * SECTOR * (counts.loaded_sectors + sum(sectors.values())),
+        l2=l2,
         reductions=times * SECTOR * sectors["atomic"],
-        memory=sum(a.nbytes for a in made.arguments if isinstance(a, np.ndarray) and a.ndim),
+        memory=min(l2, sum(a.nbytes for a in made.arguments if isinstance(a, np.ndarray) and a.ndim)),
     )
 
 
