@@ -23,6 +23,7 @@ RUNTIME = INCLUDE.with_name("runtime")
 FLAGS = [
     "-std=c++17",
     "-g1",
+    "-gdwarf-4",  # of version 5 the assembler of binutils 2.40 mixes up the first two files
     "-march=x86-64-v3",
     "-fPIC",
     "-fvisibility=hidden",
