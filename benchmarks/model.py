@@ -268,7 +268,7 @@ def sampled(run: Callable[[], None], blocks: int) -> list[emulator.Counts]:
 @functools.cache
 def code(kernel: Kernel) -> sass.Code:
     compiled = nvrtc.compiled(sources.path(kernel.source), [kernel.expression], ARCHITECTURE, "-lineinfo")
-    return sass.disassemble(compiled.cubin)[compiled.names[kernel.expression]]
+    return sass.disassemble(compiled.cubin, lines=True)[compiled.names[kernel.expression]]
 
 
 # ---- the table

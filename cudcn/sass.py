@@ -48,15 +48,15 @@ def nvdisasm() -> Path | None:
     return Path(found) if found else None
 
 
-def disassemble(cubin: bytes) -> dict[str, Code]:
-    """Each kernel's code by its mangled name."""
+def disassemble(cubin: bytes, lines: bool = False) -> dict[str, Code]:
+    """Each kernel's code by its mangled name; with source lines, if it was compiled with -lineinfo."""
     program = nvdisasm()
     if program is None:
         raise RuntimeError("nvdisasm was not found: install nvidia-cuda-nvdisasm")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(program), "-c", "-gi", file.name]
+        command = [str(program), "-c", *(["-gi"] if lines else []), file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     sections = re.split(r"^\.text\.(\S+):$", text, flags=re.MULTILINE)[1:]
     return {name: _code(body) for name, body in zip(sections[::2], sections[1::2], strict=True)}
