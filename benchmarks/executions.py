@@ -27,7 +27,7 @@ from cudcn.sass import Code, Instruction
 
 DIVERGENCE = 1e-3  # what a warp that takes both sides of a branch adds to the objective, beside the relative errors
 PREDICATED = 0.1  # weight of more runs than counted, where a predicate may hide some
-SLACK = 1e-4  # of the objective, within which solutions count as equally good
+SLACK = 1e-5  # of the objective, within which solutions count as equally good
 
 
 class Runs(NamedTuple):

@@ -66,6 +66,7 @@ class _Event(ctypes.Structure):
     _fields_ = [
         ("name", ctypes.c_char_p),
         *((name, ctypes.c_uint64) for name in Event._fields[1:-1]),
+        ("addresses", ctypes.c_uint64),
         ("frame_count", ctypes.c_uint64),
         ("frames", _Frame * _MAX_FRAMES),
     ]
@@ -88,8 +89,10 @@ def collect(read: Any, library: Path, expression: str, grid: tuple, block: tuple
             else:
                 yield f"{Path(frame.file.decode()).name}:{frame.at}"
 
-    found = [
-        Event(event.name.decode(), bool(event.shared), *(getattr(event, name) for name in Event._fields[2:-1]), tuple(where(event)))
-        for event in events
-    ]
-    _collected.append(Counts(expression, grid, block, blocks, loaded_sectors.value, found))
+    found = {}
+    for event in events:
+        numbers = [getattr(event, name) for name in Event._fields[2:-1]]
+        counted = Event(event.name.decode(), bool(event.shared), *numbers, tuple(where(event)))
+        # A line that names the same element twice loads it once.
+        found[counted, event.addresses if counted.name == "load" else len(found)] = counted
+    _collected.append(Counts(expression, grid, block, blocks, loaded_sectors.value, list(found.values())))

@@ -52,6 +52,9 @@ __device__ float twice(const float *in) { return 2 * in[threadIdx.x]; }
 __global__ void call(const float *in, float *out) {
   out[threadIdx.x] = twice(in);
 }
+__global__ void cube(const float *in, float *out) {
+  out[threadIdx.x] = in[threadIdx.x] * in[threadIdx.x] * in[threadIdx.x] + in[threadIdx.x + 32];
+}
 __global__ void sweep(const float *in, float *out) {
   for (int i = 0; i < 4; i++) out[blockIdx.x * 4 + i] += in[i];
 }
@@ -164,6 +167,12 @@ def test_a_place_is_its_calls_too(counted: Callable) -> None:
     lines = [number for number, line in enumerate(KERNELS.splitlines(), 1) if "twice(" in line]
     load = only(counted("call", floats(32), floats(32)), "load")
     assert load.where == tuple(f"count.cu:{number}" for number in lines)
+
+
+def test_a_line_loads_an_element_once(counted: Callable) -> None:
+    counts = counted("cube", floats(64), floats(32))
+    loads = [e for e in counts.events if e.name == "load"]
+    assert [(e.instructions, e.sectors) for e in loads] == [(1, 4), (1, 4)]
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -64,11 +64,12 @@ void counter_return() {
 }
 
 // ---- events
-// launch.py has the same structure.
+// counts.py has the same structure.
 struct Event {
   const char *name;
   uint64_t shared, size;
   uint64_t instructions, lanes, lines, sectors, wavefronts;
+  uint64_t addresses;  // a hash of all, in their order
   uint64_t frame_count;
   Frame frames[MAX_FRAMES];  // the innermost first
 };
@@ -163,6 +164,9 @@ void counter_end_block() {
         event.instructions++;
         event.lanes += uint64_t(__builtin_popcount(instruction.lanes));
         if (!event.size) continue;
+        for_each_lane(instruction.lanes, [&](unsigned lane) {
+          event.addresses = event.addresses * 0x9E3779B97F4A7C15ull + instruction.addresses[lane];
+        });
         if (event.shared) {
           event.wavefronts += shared_wavefronts(instruction, event.size);
           continue;
