@@ -49,7 +49,9 @@ def runs(code: Code, counts: Counts) -> Runs:
     warps = counts.blocks * math.ceil(math.prod(counts.block) / 32)
     blocks, edges = _flow(code)
     equations = _equations(blocks, counts.events, warps)
-    edges = [edge for edge in edges if not _is_loop_without(edge, {b for equation in equations for b in equation.gives})]
+    edges = [
+        edge for edge in edges if not _is_loop_without(edge, {b for equation in equations for b in equation.gives})
+    ]
     programme = _Programme(len(blocks), edges, equations)
     sizes = np.array([len(block) for block in blocks], float)
     least, most = programme.extremes(sizes)

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import executions
 import numpy as np
@@ -111,31 +112,30 @@ def zeros(shape: Any, dtype: Any) -> Traced:
     return np.zeros(shape, dtype).view(Traced)
 
 
+class Device:
+    """In the emulated one's place: `handle` gets each launch, with a function that makes it."""
+
+    xp, empty = np, staticmethod(zeros)
+
+    def __init__(self, handle: Callable[[Launch, Callable[[], None]], None]) -> None:
+        self.handle, self.real = handle, launch._emulated()
+
+    def launch(self, kernel: Kernel, grid: int, block: tuple[int, int], *arguments: Any) -> None:
+        make = functools.partial(self.real.launch, kernel, grid, block, *arguments)
+        self.handle(Launch(kernel, grid, block, arguments), make)
+
+
 @contextlib.contextmanager
 def tracing(handle: Callable[[Launch, Callable[[], None]], None], note: Callable[[Copy], None]) -> Iterator[None]:
-    """Launches on the emulator go to `handle`, with a function that makes them."""
-    run, init = launch._Emulated.launch, launch._Emulated.__init__
-    empty_like, device = dispatch.empty_like, os.environ.get("CUDCN_DEVICE")
-
-    def launched(self: Any, kernel: Kernel, grid: int, block: tuple[int, int], *arguments: Any) -> None:
-        handle(Launch(kernel, grid, block, arguments), lambda: run(self, kernel, grid, block, *arguments))
-
-    def made(self: Any) -> None:
-        init(self)
-        self.empty = zeros
-
+    """Calls with NumPy arrays go to a `Device`."""
+    device = Device(handle)
     Traced.note = note
-    launch._Emulated.launch, launch._Emulated.__init__ = launched, made
-    dispatch.empty_like = lambda array, shape: zeros(shape, array.dtype)
-    os.environ["CUDCN_DEVICE"] = "emulator"
-    try:
+    with (
+        mock.patch.object(launch, "_emulated", lambda: device),
+        mock.patch.object(dispatch, "empty_like", lambda array, shape: zeros(shape, array.dtype)),
+        mock.patch.dict(os.environ, {"CUDCN_DEVICE": "emulator"}),
+    ):
         yield
-    finally:
-        launch._Emulated.launch, launch._Emulated.__init__, dispatch.empty_like = run, init, empty_like
-        if device is None:
-            del os.environ["CUDCN_DEVICE"]
-        else:
-            os.environ["CUDCN_DEVICE"] = device
 
 
 def steering(launches: list[Launch]) -> set[int]:

@@ -84,7 +84,9 @@ def _code(text: str) -> Code:
         elif line.lstrip().startswith(".section"):
             break
     # a branch to itself, and NOPs behind it, fill the last line of the instruction cache
-    while instructions and (instructions[-1].kind == "NOP" or labels.get(instructions[-1].target or "") == len(instructions) - 1):
+    while instructions and (
+        instructions[-1].kind == "NOP" or labels.get(instructions[-1].target or "") == len(instructions) - 1
+    ):
         instructions.pop()
     return Code(instructions, {label: at for label, at in labels.items() if at < len(instructions)})
 
