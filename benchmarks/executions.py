@@ -49,9 +49,8 @@ def runs(code: Code, counts: Counts) -> Runs:
     warps = counts.blocks * math.ceil(math.prod(counts.block) / 32)
     blocks, edges = _flow(code)
     equations = _equations(blocks, counts.events, warps)
-    edges = [
-        edge for edge in edges if not _is_loop_without(edge, {b for equation in equations for b in equation.gives})
-    ]
+    anchored = {block for equation in equations for block in equation.gives}
+    edges = [edge for edge in edges if not _is_loop_without(edge, anchored)]
     programme = _Programme(len(blocks), edges, equations)
     sizes = np.array([len(block) for block in blocks], float)
     least, most = programme.extremes(sizes)

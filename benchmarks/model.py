@@ -131,7 +131,7 @@ def tracing(handle: Callable[[Launch, Callable[[], None]], None], note: Callable
     device = Device(handle)
     Traced.note = note
     with (
-        mock.patch.object(launch, "_emulated", lambda: device),
+        mock.patch.object(launch, "_emulated", return_value=device),
         mock.patch.object(dispatch, "empty_like", lambda array, shape: zeros(shape, array.dtype)),
         mock.patch.dict(os.environ, {"CUDCN_DEVICE": "emulator"}),
     ):

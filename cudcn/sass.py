@@ -1,4 +1,7 @@
-"""The machine code of kernels: NVRTC's cubins through nvdisasm, of the wheel nvidia-cuda-nvdisasm or of an installed CUDA."""
+"""The machine code of kernels: NVRTC's cubins through nvdisasm.
+
+That is in the wheel nvidia-cuda-nvdisasm, and in an installed CUDA.
+"""
 
 from __future__ import annotations
 
@@ -84,11 +87,13 @@ def _code(text: str) -> Code:
         elif line.lstrip().startswith(".section"):
             break
     # a branch to itself, and NOPs behind it, fill the last line of the instruction cache
-    while instructions and (
-        instructions[-1].kind == "NOP" or labels.get(instructions[-1].target or "") == len(instructions) - 1
-    ):
+    while instructions and _is_padding(instructions[-1], labels, len(instructions) - 1):
         instructions.pop()
     return Code(instructions, {label: at for label, at in labels.items() if at < len(instructions)})
+
+
+def _is_padding(instruction: Instruction, labels: dict[str, int], at: int) -> bool:
+    return instruction.kind == "NOP" or labels.get(instruction.target or "") == at
 
 
 def _places(line: str) -> Iterator[str]:

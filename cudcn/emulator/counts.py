@@ -89,10 +89,10 @@ def collect(read: Any, library: Path, expression: str, grid: tuple, block: tuple
             else:
                 yield f"{Path(frame.file.decode()).name}:{frame.at}"
 
-    found = {}
+    found: dict[Any, Event] = {}
     for event in events:
-        numbers = [getattr(event, name) for name in Event._fields[2:-1]]
-        counted = Event(event.name.decode(), bool(event.shared), *numbers, tuple(where(event)))
+        numbers = {name: getattr(event, name) for name in Event._fields[2:-1]}
+        counted = Event(name=event.name.decode(), shared=bool(event.shared), **numbers, where=tuple(where(event)))
         # A line that names the same element twice loads it once.
         found[counted, event.addresses if counted.name == "load" else len(found)] = counted
     _collected.append(Counts(expression, grid, block, blocks, loaded_sectors.value, list(found.values())))
