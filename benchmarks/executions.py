@@ -8,7 +8,8 @@ line information says which instructions are made of that line. So for each line
 holds, however the compiler has unrolled and copied it, and what comes into a block goes out of it. Both together,
 with the least sum of (relative) errors, are a linear programme for the runs of the blocks. They leave something open:
 branches with none of these on either side. `Runs` has the least and the most instructions that agree with the counts;
-a loop without any of them is counted once.
+the truth is nearer to the least, for most such branches are there for rare cases. A loop without any of these is
+counted once.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SLACK = 1e-5  # of the objective, within which solutions count as equally good
 class Runs(NamedTuple):
     """Per warp."""
 
-    opcodes: dict[str, float]  # how many of each opcode a warp issues: the mean of the least and the most
+    opcodes: dict[str, float]  # how many of each a warp issues, at least
     least: float
     most: float
     error: float  # by how much the counts disagree with the instructions, as a mean over the lines
@@ -55,7 +56,7 @@ def runs(code: Code, counts: Counts) -> Runs:
     sizes = np.array([len(block) for block in blocks], float)
     least, most = programme.extremes(sizes)
     opcodes: dict[str, float] = defaultdict(float)
-    for block, times in zip(blocks, (least + most) / 2, strict=True):
+    for block, times in zip(blocks, least, strict=True):
         for instruction in block:
             opcodes[instruction.opcode] += times
     return Runs(dict(opcodes), float(sizes @ least), float(sizes @ most), programme.error)

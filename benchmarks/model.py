@@ -159,8 +159,7 @@ class Estimate:
 
     name: str
     blocks: int = 0
-    instructions: float = 0
-    least: float = 0
+    instructions: float = 0  # at least
     most: float = 0
     tensor: float = 0
     double: float = 0
@@ -241,8 +240,7 @@ def counted(made: Launch, run: Callable[[], None]) -> Estimate:
     return Estimate(
         made.kernel.expression,
         blocks=made.grid,
-        instructions=warps * (runs.least + runs.most) / 2,
-        least=warps * runs.least,
+        instructions=warps * runs.least,
         most=warps * runs.most,
         **issued,
         wavefronts=times * sum(e.wavefronts + e.sectors / 4 for e in counts.events),
@@ -295,10 +293,10 @@ def line(title: str, parts: list[Estimate], least: float | None = None) -> list[
     for part in parts:
         shares[part.binds] = shares.get(part.binds, 0) + part.microseconds / time
     binds = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda x: -x[1])[:2])
-    spread = (total("most") - total("least")) / 2 / max(total("instructions"), 1e-9)
+    more = total("most") / max(total("instructions"), 1e-9) - 1
     numbers = [total(name) for name in ("tensor", "wavefronts", "l2", "reductions", "memory")]
     return [
-        title, str(len(parts)), f"{total('instructions'):.1f} ± {spread:.0%}", *(f"{n:.1f}" for n in numbers),
+        title, str(len(parts)), f"{total('instructions'):.1f} (+{more:.0%})", *(f"{n:.1f}" for n in numbers),
         f"{time:.0f}", binds, "" if least is None else f"{least:.0f}",
     ]  # fmt: skip
 
