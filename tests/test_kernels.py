@@ -61,9 +61,9 @@ def budgets_of(name: str, dtype: str) -> list[budgets.Budget]:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["__half", "__nv_bfloat16"])
+@pytest.mark.parametrize("dtype", ["__half", "__nv_bfloat16", "Tf32"])
 @pytest.mark.parametrize("name", ["forward", "backward_offset", "backward_weight", "backward_input"])
-def test_half_convolutions_use_tensor_cores(name: str, dtype: str) -> None:
+def test_convolutions_use_tensor_cores(name: str, dtype: str) -> None:
     """But for those of small groups."""
     assert any(budget.products for budget in budgets_of(f"deform_conv2d_{name}", dtype))
 
