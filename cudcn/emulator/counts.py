@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +93,14 @@ def collect(read: Any, library: Path, expression: str, grid: tuple, block: tuple
     found: dict[Any, Event] = {}
     for event in events:
         numbers = {name: getattr(event, name) for name in Event._fields[2:-1]}
-        counted = Event(name=event.name.decode(), shared=bool(event.shared), **numbers, where=tuple(where(event)))
+        counted = Event(
+            name=event.name.decode(), shared=bool(event.shared), **numbers, where=_without_repeats(where(event))
+        )
         # A line that names the same element twice loads it once.
         found[counted, event.addresses if counted.name == "load" else len(found)] = counted
     _collected.append(Counts(expression, grid, block, blocks, loaded_sectors.value, list(found.values())))
+
+
+def _without_repeats(lines: Iterator[str]) -> tuple[str, ...]:
+    """A place that the emulator's headers tell of is also where they were called."""
+    return tuple(line for line, _ in groupby(lines))

@@ -167,6 +167,8 @@ def test_a_place_is_its_calls_too(counted: Callable) -> None:
     lines = [number for number, line in enumerate(KERNELS.splitlines(), 1) if "twice(" in line]
     load = only(counted("call", floats(32), floats(32)), "load")
     assert load.where == tuple(f"count.cu:{number}" for number in lines)
+    (line,) = [number for number, line in enumerate(KERNELS.splitlines(), 1) if "atomicAdd(sums + stride" in line]
+    assert only(counted("add", floats(32), np.int32(1)), "atomic").where == (f"count.cu:{line}",)
 
 
 def test_a_line_loads_an_element_once(counted: Callable) -> None:
