@@ -104,7 +104,6 @@ def _is_loop_without(edge: _Edge, anchored: set[int]) -> bool:
 
 # ---- what is counted: a class of instructions, and how many bytes a lane moves
 
-_EVENTS = {"load": "load", "store": "store", "atomic": "atomic", "copy": "copy", "__syncthreads": "barrier"}
 _CLASSES = {
     "LDG": "load", "LD": "load", "LDS": "load", "STG": "store", "ST": "store", "STS": "store", "LDGSTS": "copy",
     "RED": "atomic", "REDG": "atomic", "ATOM": "atomic", "ATOMG": "atomic", "ATOMS": "atomic",
@@ -112,19 +111,19 @@ _CLASSES = {
 }  # fmt: skip
 
 
+_COLLECTIVES = {
+    "ldmatrix": "matrix load", "mma": "matrix product", "__shfl": "shuffle", "__syncthreads": "barrier",
+}  # fmt: skip
+
+
 def _class_of_event(event: Event) -> tuple[str, float] | None:
     """Its class, and what one of its instructions counts."""
-    if event.name.startswith("ldmatrix"):
-        return "matrix load", 1
-    if event.name.startswith("mma"):
-        return "matrix product", 1
-    if event.name.startswith("__shfl"):
-        return "shuffle", 1
-    if event.name == "__syncthreads":
-        return "barrier", 1
-    if event.name == "copy":  # one event for the source and one for the destination
-        return ("copy", event.size) if event.shared else None
-    return (event.name, event.size) if event.name in _EVENTS else None
+    for prefix, kind in _COLLECTIVES.items():
+        if event.name.startswith(prefix):
+            return kind, 1
+    if event.name == "copy" and not event.shared:  # beside which there is one event more, for the destination
+        return None
+    return (event.name, event.size) if event.size else None
 
 
 def _class_of(instruction: Instruction) -> tuple[str, float] | None:

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -58,9 +59,13 @@ def main() -> int:
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--kernels", action="store_true", help="a line for each launch too")
     options = parser.parse_args()
-    if sass.nvdisasm() is None:
-        print("benchmarks/model.py needs nvdisasm: pip install nvidia-cuda-nvdisasm")
-        return 1
+    for program, found, source in (
+        ("nvdisasm", sass.nvdisasm(), "pip install nvidia-cuda-nvdisasm"),
+        ("addr2line", shutil.which("addr2line"), "apt-get install binutils"),
+    ):
+        if not found:
+            print(f"benchmarks/model.py needs {program}: {source}")
+            return 1
     print(f"Estimates for an H100, {options.dtype}, commit {commit()}. Nothing of this was measured.", flush=True)
     rows = []
     for case in CASES:
