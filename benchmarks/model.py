@@ -298,7 +298,7 @@ def line(title: str, parts: list[Estimate], least: float | None = None) -> list[
     for part in parts:
         shares[part.binds] = shares.get(part.binds, 0) + part.microseconds / time
     binds = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda x: -x[1])[:2])
-    more = total("most") / max(total("instructions"), 1e-9) - 1
+    more = total("most") / total("instructions") - 1 if total("instructions") else 0
     numbers = [total(name) for name in ("tensor", "wavefronts", "l2", "reductions", "memory")]
     return [
         title, str(len(parts)), f"{total('instructions'):.1f} (+{more:.0%})", *(f"{n:.1f}" for n in numbers),
