@@ -31,24 +31,36 @@ def kernels() -> list[Kernel]:
     return list(dict.fromkeys(kernel for op in OPS for kernel in op.cuda.kernels()))
 
 
+class Compiled(NamedTuple):
+    resources: dict[str, Resources]  # of each expression
+    names: dict[str, str]  # of each expression, mangled
+    cubin: bytes
+
+
 def compile_kernels(source: Path, expressions: Sequence[str], architecture: str) -> dict[str, Resources]:
     """The resources of each template instance of a `.cu`; RuntimeError with NVRTC's log if it does not compile."""
+    return compiled(source, expressions, architecture).resources
+
+
+def compiled(source: Path, expressions: Sequence[str], architecture: str, *options: str) -> Compiled:
+    """The template instances of a `.cu` with their machine code; `options` are more of NVRTC's."""
     nvrtc = _nvrtc()
     program = nvrtc.createProgram(source.read_text(), source.name, (), ())
     try:
         for expression in expressions:
             nvrtc.addNameExpression(program, expression)
-        options = (*compile_options(), f"-I{_cuda_headers()}", f"-arch={architecture}", "--ptxas-options=-v")
+        needed = (*compile_options(), f"-I{_cuda_headers()}", f"-arch={architecture}", "--ptxas-options=-v")
         try:
-            nvrtc.compileProgram(program, options)
+            nvrtc.compileProgram(program, (*needed, *options))
         except nvrtc.NVRTCError:
             log = nvrtc.getProgramLog(program)
             raise RuntimeError(f"{source.name} does not compile for {architecture}:\n{log}") from None
-        names = {nvrtc.getLoweredName(program, e): e for e in expressions}
+        names = {e: nvrtc.getLoweredName(program, e) for e in expressions}
         found = _parse(nvrtc.getProgramLog(program))
+        cubin = nvrtc.getCUBIN(program) + b"\0"  # CuPy cuts off the last byte
     finally:
         nvrtc.destroyProgram(program)
-    return {names[name]: resources for name, resources in found.items() if name in names}
+    return Compiled({e: found[name] for e, name in names.items() if name in found}, names, cubin)
 
 
 def _nvrtc() -> ModuleType:

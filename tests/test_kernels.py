@@ -1,4 +1,4 @@
-"""The NVRTC gate: every kernel instance compiles for every GPU we name, within its registers."""
+"""The NVRTC gate: every kernel instance compiles for every GPU we name, within its registers and its budget."""
 
 from __future__ import annotations
 
@@ -8,26 +8,96 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import budgets
 import pytest
 
-from cudcn import launch, nvrtc, sources
+from cudcn import launch, nvrtc, sass, sources
 from cudcn.__main__ import main
+from cudcn.dtypes import DTYPES
 
 pytest.importorskip("cupy")
 SOURCES = sorted({kernel.source for kernel in nvrtc.kernels()})
 TEST_KERNELS = Path(__file__).parent / "emulator" / "kernels"
 
 
-@pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
-@pytest.mark.parametrize("source", SOURCES)
-def test_compiles_without_spills_or_stack(source: str, architecture: str) -> None:
+def compiled(source: str, architecture: str) -> nvrtc.Compiled:
+    """All instances of a source, without spills or stack."""
     expressions = [k.expression for k in nvrtc.kernels() if k.source == source]
-    resources = nvrtc.compile_kernels(sources.path(source), expressions, architecture)
-    assert set(resources) == set(expressions)
-    for expression, used in resources.items():
+    found = nvrtc.compiled(sources.path(source), expressions, architecture)
+    assert set(found.resources) == set(expressions)
+    for expression, used in found.resources.items():
         assert (used.stack, used.spills) == (0, 0), expression
         assert 0 < used.registers <= 128, expression  # 256 threads a block, two blocks at the least
         assert used.shared <= 48 << 10, expression
+    return found
+
+
+@pytest.mark.parametrize("architecture", sorted({*nvrtc.ARCHITECTURES} - {budgets.ARCHITECTURE}))
+@pytest.mark.parametrize("source", SOURCES)
+def test_compiles_without_spills_or_stack(source: str, architecture: str) -> None:
+    compiled(source, architecture)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_within_its_budget(source: str) -> None:
+    """`python tests/budgets.py` writes the budgets anew."""
+    found = compiled(source, budgets.ARCHITECTURE)
+    if sass.nvdisasm() is None:
+        pytest.skip("nvdisasm is not installed")
+    version, tables = budgets.read()
+    allowed, used = tables[source], budgets.used(found)
+    assert set(allowed) == set(used)
+    assert not {e: lack for e in used if (lack := allowed[e].lack(used[e]))}
+    if version != budgets.nvrtc_version():
+        pytest.skip(f"the budgets are for NVRTC {version}, this is {budgets.nvrtc_version()}")
+    assert not {e: excess for e in used if (excess := allowed[e].excess(used[e]))}
+
+
+def budgets_of(name: str, dtype: str) -> list[budgets.Budget]:
+    """Of all instances of a template for one dtype."""
+    tables = budgets.read()[1].values()
+    found = [budget for table in tables for e, budget in table.items() if re.match(rf"{name}<{dtype}\b", e)]
+    assert found, f"no kernel {name}<{dtype}>"
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["__half", "__nv_bfloat16", "Tf32"])
+@pytest.mark.parametrize("name", ["forward", "backward_offset", "backward_weight", "backward_input"])
+def test_convolutions_use_tensor_cores(name: str, dtype: str) -> None:
+    """But for those of small groups."""
+    assert any(budget.products for budget in budgets_of(f"deform_conv2d_{name}", dtype))
+
+
+@pytest.mark.parametrize("dtype", [dtype.ctype for dtype in DTYPES.values()])
+@pytest.mark.parametrize("name", ["forward", "backward_offset", "backward_weight", "backward_input"])
+def test_convolutions_load_16_bytes(name: str, dtype: str) -> None:
+    assert all(budget.wide_loads for budget in budgets_of(f"deform_conv2d_{name}", dtype))
+
+
+@pytest.mark.parametrize("dtype", [dtype.ctype for dtype in DTYPES.values()])
+@pytest.mark.parametrize("name", ["aggregate_forward", "aggregate_backward"])
+def test_aggregates_load_16_bytes(name: str, dtype: str) -> None:
+    """Where the channels allow it."""
+    assert any(budget.wide_loads for budget in budgets_of(name, dtype))
+
+
+@pytest.mark.parametrize(
+    ("used", "excess", "lack"),
+    [
+        ((64, 1024, 500, 16, 4), None, None),
+        ((60, 1000, 400, 8, 2), None, None),
+        ((65, 1024, 500, 16, 4), "65 registers, budgeted are 64", None),
+        ((64, 1028, 500, 16, 4), "1028 shared, budgeted are 1024", None),
+        ((64, 1024, 501, 16, 4), "501 instructions, budgeted are 500", None),
+        ((64, 1024, 399, 16, 4), "399 instructions, budgeted are 500", None),
+        ((64, 1024, 500, 0, 4), None, "0 products, budgeted are 16"),
+        ((64, 1024, 500, 16, 0), None, "0 wide_loads, budgeted are 4"),
+    ],
+)
+def test_budgets_are_held(used: tuple, excess: str | None, lack: str | None) -> None:
+    budget = budgets.Budget(64, 1024, 500, 16, 4)
+    assert budget.excess(budgets.Budget(*used)) == excess
+    assert budget.lack(budgets.Budget(*used)) == lack
 
 
 def test_every_source_is_in_the_list() -> None:

@@ -16,7 +16,7 @@ AVX2; `unavailable()` says why it cannot run on another.
     array([64., 64., 64., 64.])
 
 Arrays are copied for each launch into memory that ends at a guard page, and what the kernel wrote is copied
-back. Two builds, chosen by `settings`:
+back. Three builds, chosen by `settings`:
 
 - "fast" finds accesses that hit a guard page, writes to `const` pointers, misaligned moves of whole vectors,
   deadlocks and divergent warp collectives. Shared memory and new arrays are full of NaN: what was never
@@ -24,6 +24,7 @@ back. Two builds, chosen by `settings`:
 - "check" looks at every access and finds those out of bounds or misaligned, data races in shared and global
   memory, reads of shared memory that was never written, and undefined behaviour. It is three to fifty times
   slower and takes sixty bytes for each byte of an array that a kernel touches: give it small shapes.
+- "count" counts what a GPU's memory system would see: see `counts`, which chooses it.
 
 A race changes the result of the fast build only where the threads run in an order that suits it: try
 `order="reverse"` and `order="random"`. What is not emulated is listed in `include/cuda_emulator.h`.
@@ -31,8 +32,20 @@ A race changes the result of the fast build only where the threads run in an ord
 
 from .build import kernel, unavailable
 from .configuration import settings
+from .counts import Counts, Event, counts
 from .errors import BuildError, EmulatorError
 from .launch import Compiled
 from .memory import empty
 
-__all__ = ["BuildError", "Compiled", "EmulatorError", "empty", "kernel", "settings", "unavailable"]
+__all__ = [
+    "BuildError",
+    "Compiled",
+    "Counts",
+    "EmulatorError",
+    "Event",
+    "counts",
+    "empty",
+    "kernel",
+    "settings",
+    "unavailable",
+]

@@ -23,6 +23,7 @@ RUNTIME = INCLUDE.with_name("runtime")
 FLAGS = [
     "-std=c++17",
     "-g1",
+    "-gdwarf-4",  # of version 5 the assembler of binutils 2.40 mixes up the first two files
     "-march=x86-64-v3",
     "-fPIC",
     "-fvisibility=hidden",
@@ -42,11 +43,22 @@ KERNEL_FLAGS = {
         "-fsanitize=thread,undefined,float-cast-overflow",
         "-fno-sanitize=vptr,return,unreachable,null,nonnull-attribute,object-size",
     ],
+    # Without optimisation, so that each access is known by all the calls that led to it.
+    "count": ["-O0", "-DEMULATOR_CHECK", "-fsanitize=thread"],
 }
-RUNTIME_FLAGS = {"fast": ["-O2"], "check": ["-O2", "-DEMULATOR_CHECK"]}
+RUNTIME_FLAGS = {
+    "fast": ["-O2"],
+    "check": ["-O2", "-DEMULATOR_CHECK"],
+    "count": ["-O2", "-DEMULATOR_CHECK", "-DEMULATOR_COUNT"],
+}
 # A libstdc++ of its own: Python may have loaded another one.
 RUNTIME_LINK = ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
-CHECK_ONLY = ("checker.cpp", "checker_hooks.cpp")
+# The files of the runtime that a build leaves out.
+LEFT_OUT = {
+    "fast": {"checker.cpp", "checker_hooks.cpp", "counter.cpp"},
+    "check": {"counter.cpp"},
+    "count": {"checker.cpp"},
+}
 # What -march=x86-64-v3 lets g++ use, as /proc/cpuinfo names it (abm is lzcnt).
 PROCESSOR = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"}
 
@@ -178,9 +190,7 @@ def _build_kernel(source: Path, expression: str, folders: list[Path], defines: t
 
 
 def _build_runtime(build: str) -> Path:
-    sources = sorted(RUNTIME.glob("*.cpp"))
-    if build != "check":
-        sources = [path for path in sources if path.name not in CHECK_ONLY]
+    sources = sorted(path for path in RUNTIME.glob("*.cpp") if path.name not in LEFT_OUT[build])
     flags = [*FLAGS, *RUNTIME_FLAGS[build], f"-I{INCLUDE}"]
     # The C library too: one home may serve several machines.
     files = _folder_digest(INCLUDE), _folder_digest(RUNTIME)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-BUILDS = ("fast", "check")
+BUILDS = ("fast", "check", "count")
 ORDERS = ("forward", "reverse", "random")
 
 
@@ -16,6 +16,7 @@ class Settings:
     order: str
     seed: int = 0
     strict: bool = False
+    sample: int = 0
 
     def __post_init__(self) -> None:
         if self.build not in BUILDS:
@@ -45,16 +46,18 @@ def settings(
     order: str | None = None,
     seed: int | None = None,
     strict: bool | None = None,
+    sample: int | None = None,
 ) -> Iterator[None]:
     """Build and run kernels differently inside a `with` block; what is left out stays as it is.
 
-    build: "fast", or "check" for the build that looks at every access.
+    build: "fast", "check" for the build that looks at every access, or "count" for the one that counts them.
     order: "forward", "reverse" or "random", the order of blocks, warps and lanes.
     seed: of the random order.
     strict: a `__syncthreads()` is an error once a thread of the block has returned.
+    sample: how many blocks of a launch to run, spread over its grid; 0 for all.
     """
     global _active
-    given = {"build": build, "order": order, "seed": seed, "strict": strict}
+    given = {"build": build, "order": order, "seed": seed, "strict": strict, "sample": sample}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     before = _active
     _active = replace(current_settings(), **changes)

@@ -1,9 +1,8 @@
 """Launches of a compiled kernel: arguments checked against its C++ signature, then handed to the runtime."""
 
 import ctypes
+import math
 import re
-import shutil
-import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from .configuration import ORDERS, current_settings
+from .counts import collect
 from .errors import EmulatorError
+from .lines import source_lines
 from .memory import overlap, span_of
 
 # The parameter kinds and the two structures are those of include/emulator_runtime.h.
@@ -42,6 +43,7 @@ class _LaunchConfig(ctypes.Structure):
         ("order", ctypes.c_int),
         ("seed", ctypes.c_uint),
         ("strict", ctypes.c_int),
+        ("sample", ctypes.c_uint64),
         ("argument_count", ctypes.c_int),
         ("arguments", ctypes.POINTER(_Argument)),
         ("error", ctypes.c_void_p),
@@ -66,6 +68,7 @@ class Compiled:
         count = signature[0]
         self._kinds = signature[1 : 1 + count]
         self._sizes = signature[1 + count : 1 + 2 * count]
+        self._counts = getattr(loaded, "cudcn_counts", None)  # in the counting build
 
     def __repr__(self) -> str:
         return f"<emulated kernel {self.expression}>"
@@ -85,6 +88,7 @@ class Compiled:
             order=ORDERS.index(active.order),
             seed=active.seed,
             strict=active.strict,
+            sample=active.sample,
             argument_count=len(arguments),
             arguments=(_Argument * len(arguments))(*arguments),
             error=ctypes.addressof(error),
@@ -92,6 +96,9 @@ class Compiled:
         )
         with _launch_lock:
             failed = self._launch(ctypes.byref(config))
+            if self._counts and not failed:
+                blocks = min(active.sample or math.prod(grid), math.prod(grid))
+                collect(self._counts, self._library, self.expression, grid, block, blocks)
         del values  # the launch read them through their addresses
         if failed:
             message = error.value.decode(errors="replace")
@@ -178,12 +185,5 @@ def _with_source_lines(message: str, library: Path) -> str:
 
 
 def _source_line(offset: str, library: Path) -> str:
-    addr2line = shutil.which("addr2line")
-    if addr2line is None:
-        return ""
-    command = [addr2line, "--inlines", "--exe", str(library), "0x" + offset]
-    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-    # The innermost function first; the emulator's own are of no interest.
-    places = [Path(line.split(" ")[0]).name for line in lines if "??" not in line]
-    places = [place for place in places if not place.startswith(("emulator_", "source.cpp"))]
+    (places,) = source_lines([int(offset, 16)], library).values()
     return f" ({' < '.join(places)})" if places else ""

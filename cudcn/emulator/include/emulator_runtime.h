@@ -81,6 +81,7 @@ struct LaunchConfig {
   int order;  // 0 forward, 1 reverse, 2 random
   unsigned seed;
   int strict;  // a barrier after a thread of the block has returned is an error
+  uint64_t sample;  // how many blocks to run, spread over the grid; 0 for all
   int argument_count;
   const Argument *arguments;
   char *error;

@@ -17,6 +17,7 @@ void start_async_copy(void *destination, const void *source, int size, int sourc
     fail("cp.async (%s:%d): out-of-bounds destination, outside shared memory", base_name(site.file), site.line);
   }
   check_access(destination, size, AccessKind::async_copy, site);
+  if (source_size) counter_copy(source, source_size, site);
   memset(destination, POISON, size);
   block.threads[block.current].copies.push_back({destination, source, size, source_size, site});
 }

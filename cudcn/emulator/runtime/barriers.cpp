@@ -25,6 +25,7 @@ static void release_barrier() {
 }
 
 int block_barrier(bool predicate, Site site) {
+  counter_collective("__syncthreads", site);
   if (!block.waiting) {
     block.barrier_site = site;
   } else if (site.line != block.barrier_site.line || strcmp(site.file, block.barrier_site.file)) {
@@ -94,6 +95,7 @@ static void check_same_collective(const Collective &self, int warp_index, int la
 void join_collective(Collective &self) {
   const int warp_index = block.current / 32, lane = block.current % 32;
   Warp &warp = block.warps[warp_index];
+  counter_collective(self.name, self.site);
   if (!(self.mask >> lane & 1)) {
     fail("%s (%s:%d): the calling lane %d is not in its mask %08x", self.name, base_name(self.site.file),
          self.site.line, lane, self.mask);

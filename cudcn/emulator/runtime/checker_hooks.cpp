@@ -40,8 +40,8 @@ EMULATOR_API void __tsan_write_range(uintptr_t address, long size) {
   emulator::check_instrumented_access(address, size_t(size), true, false, RETURN_ADDRESS);
 }
 EMULATOR_API void __tsan_init() {}
-EMULATOR_API void __tsan_func_entry(void *) {}
-EMULATOR_API void __tsan_func_exit() {}
+EMULATOR_API void __tsan_func_entry(uintptr_t return_address) { emulator::counter_call(return_address); }
+EMULATOR_API void __tsan_func_exit() { emulator::counter_return(); }
 EMULATOR_API void __tsan_vptr_update(void **, void *) {}
 EMULATOR_API void __tsan_vptr_read(void **) {}
 

@@ -57,7 +57,7 @@ static void set_dimensions() {
   }
 }
 
-// Random order steps through the blocks by a number that has no factor in common with theirs.
+// Random order, and a sample, step through the blocks by a number that has no factor in common with theirs.
 static uint64_t block_step(uint64_t count) {
   uint64_t step = 2654435761ull % count + 1;
   while (std::gcd(step, count) != 1) step++;
@@ -67,16 +67,19 @@ static uint64_t block_step(uint64_t count) {
 static void run_all_blocks() {
   const uint64_t count = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
   const uint64_t step = block_step(count);
+  const bool samples = launch_config->sample && launch_config->sample < count;
+  const uint64_t runs = samples ? launch_config->sample : count;
   uint64_t random_block = launch_config->seed % count;
-  for (uint64_t i = 0; i < count && !launch_failed; i++) {
+  for (uint64_t i = 0; i < runs && !launch_failed; i++) {
     uint64_t index = i;
     if (launch_config->order == REVERSE) index = count - 1 - i;
-    if (launch_config->order == RANDOM) index = random_block = (random_block + step) % count;
+    if (launch_config->order == RANDOM || samples) index = random_block = (random_block + step) % count;
     const uint64_t rows = index / gridDim.x;
     blockIdx = {unsigned(index % gridDim.x), unsigned(rows % gridDim.y), unsigned(rows / gridDim.y)};
     start_block_memory();
     checker_start_block();
     start_block();
+    counter_end_block();
     check_canaries(/*shared=*/true);
   }
   check_canaries(/*shared=*/false);

@@ -102,7 +102,7 @@ void run_with_fault_handler(void (*run)());
 extern const Site *async_copy_in_progress;  // for a fault inside the runtime
 std::string kernel_location(uintptr_t program_counter);  // " @pc=12ab", which Python turns into a source line
 
-// ---- the checking build (checker.cpp)
+// ---- the checking build (checker.cpp), and the counting build, which has these too
 #ifdef EMULATOR_CHECK
 void checker_start_launch();
 void checker_start_block();
@@ -115,6 +115,21 @@ inline void checker_start_block() {}
 inline void checker_block_barrier() {}
 inline void checker_warp_barrier(int) {}
 inline void checker_end_launch() {}
+#endif
+
+// ---- the counting build alone (counter.cpp)
+#ifdef EMULATOR_COUNT
+void counter_call(uintptr_t return_address);
+void counter_return();
+void counter_collective(const char *name, Site site);
+void counter_copy(const void *source, size_t size, Site site);
+void counter_end_block();
+#else
+inline void counter_call(uintptr_t) {}
+inline void counter_return() {}
+inline void counter_collective(const char *, Site) {}
+inline void counter_copy(const void *, size_t, Site) {}
+inline void counter_end_block() {}
 #endif
 
 }  // namespace emulator
