@@ -3,10 +3,10 @@
 // What bounds it, by estimate, for dcnv4 at 64 x 56 x 56 x 128, 4 groups, 9 taps, half types, on an H100 (132 SMs at
 // 1.75 GHz, 3.0 TB/s):
 //   compulsory bytes   input 51 MB, packed offsets and weights 45 MB, output 51 MB: 148 MB, 49 us
-//   gathered bytes     9 samples x 4 corners x 51 MB = 1.85 GB out of L1: 62 us at 128 bytes a clock and SM, and up to as
-//                      much again for what is held in shared memory
-//   instructions       by SASS for sm_90, of a warp with 16 rows: 215 once, 5 x 67 to place 144 samples, 2 x 45 for 8
-//                      rows at a time and 18 x 81 for a sample of each: 2,098, or 1,049 for 8 rows. 114 us at 4 a clock
+//   gathered bytes     9 samples x 4 corners x 51 MB = 1.85 GB out of L1: 62 us at 128 bytes a clock and SM, and up to
+//                      as much again for what is held in shared memory
+//   instructions       by SASS for sm_90, of a warp with 16 rows: 213 once, 5 x 67 to place 144 samples, 2 x 45 for 8
+//                      rows at a time and 18 x 81 for a sample of each: 2,096, or 1,048 for 8 rows. 114 us at 4 a clock
 // So issue slots bound it, then L1, then device memory. (Straight code counts once, each loop as often as it runs.)
 //
 // Of the 81, 32 widen 8 channels of 4 corners and 32 multiply and add them in float. Blending the corners in pairs of
@@ -129,7 +129,7 @@ aggregate_forward(const T *__restrict__ value, const O *__restrict__ places, con
             for (int v = 0; v < V; ++v) sums[v].run += share.of[c] * wide[v];
           }
         }
-        if (chunks) {
+        if (chunks && begin / RUN != (begin + count) / RUN) {  // every 16 samples: of fewer there would be many runs
 #pragma unroll
           for (int v = 0; v < V; ++v) sums[v].end_run();
         }

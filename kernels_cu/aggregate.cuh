@@ -6,9 +6,10 @@
 // channels that a thread carries: 16 bytes, or less where the channels of a group or an address ask for it.
 //
 // A row is one query of one group. A warp owns up to 32 rows. It deals their samples to its lanes, all rows' in one
-// list, each of which is placed once: its corners and what they weigh are held in shared memory. Then the warp goes over
-// its rows, several at a time, each with so many lanes as it has vectors of channels. Rows depend on their warp alone, so
-// that __syncwarp is all they need. If a row has more samples than are held, they come in chunks.
+// list, and each is placed once: its corners and what they weigh are held in shared memory. Then the warp goes over its
+// rows, several at a time, each with as many lanes as it has vectors of channels. Rows depend on their warp alone, so
+// that __syncwarp is all they need, but for a table of what samples of one number share. If a row has more samples than
+// are held, they come in chunks.
 //
 // A block takes neighbouring queries of one group, numbered column by column in strips of STRIP rows: a rectangle of
 // queries, whose samples share cache lines in L1 as far as the offsets allow.
@@ -33,7 +34,7 @@ struct Divisor {
 // One launch, steps in elements; cudcn/cuda/aggregate.py writes it.
 struct Aggregate {
   long long places_query, places_group, weights_query, weights_group, weights_first;
-  Divisor groups_of, queries_of, strips_of, last_strip_of;  // by the groups, the queries, a strip's, the last one's rows
+  Divisor groups_of, queries_of, strips_of, last_strip_of;  // by groups, queries, a strip's, and the last one's rows
   int images, height, width;  // of the queries
   int pixels, groups, channels, samples, softmax;
   int packed;            // places and weights are one tensor, and so are their gradients
@@ -163,9 +164,10 @@ __device__ __forceinline__ Row<T, O> row_of(const Aggregate &p, const Source &so
   const unsigned y = top + in_strip - x * (last ? p.height - top : STRIP);
   const unsigned query = image * queries + y * p.width + x;
   const long long stride = (long long)p.groups * p.channels;
+  const T *pixels = value + ((long long)image * p.pixels * stride + warp.group * p.channels);
   return {places + (query * p.places_query + warp.group * p.places_group),
           weights + (query * p.weights_query + warp.group * p.weights_group + p.weights_first),
-          warp.first + warp.lane < all ? value + (image * p.pixels * stride + warp.group * p.channels) : nullptr,
+          warp.first + warp.lane < all ? pixels : nullptr,
           query * stride + warp.group * p.channels, source.row_y(int(y)), source.row_x(int(x)), {}, {}};
 }
 

@@ -100,6 +100,11 @@ class TestEmulated:
         with pytest.raises(ValueError, match=r"dcnv3: on CUDA .*, got 84, 2 and 84"):
             PLAIN[0].forward(PLAIN[0].tensors())
 
+    def test_too_large_a_pixel(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(PLAIN[0].op.cuda, "_PIXEL_BYTES", 31)
+        with pytest.raises(ValueError, match=r"dcnv3: on CUDA a pixel must take fewer than 2\*\*32 bytes, got 32"):
+            PLAIN[0].forward(PLAIN[0].tensors())
+
     @pytest.mark.parametrize(
         ("shapes", "starts"),
         [

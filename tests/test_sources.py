@@ -43,6 +43,14 @@ template <typename A> struct Wanted {
         wanted(height=1, width=2, scale=0.5, frist=4)
 
 
+def test_a_struct_may_hold_another(folder: Path) -> None:
+    (folder / "a.cu").write_text("struct Inner {\n  unsigned a, b;\n};\nstruct Outer {\n  int c;\n  Inner d, e;\n};\n")
+    inner = sources.Struct("a", "Inner").dtype
+    assert inner == np.dtype([("a", "u4"), ("b", "u4")])
+    outer = sources.Struct("a", "Outer", Inner=inner)
+    assert outer(c=1, d=(2, 2**32 - 1), e=(4, 5)).tolist() == (1, (2, 2**32 - 1), (4, 5))
+
+
 def test_what_is_not_there_is_an_error(folder: Path) -> None:
     (folder / "a.cu").write_text("constexpr int THREADS = 128, HELD = 4;\nstruct S {\n  int a;\n  short b;\n};\n")
     assert sources.constant("a", "THREADS") == 128

@@ -33,7 +33,8 @@ _WINDOWS: dict[type, sources.Struct] = {
 _ATTENTION = sources.Struct("aggregate.cuh", "Attention")
 _PAIRS = sources.Struct("aggregate_backward_input", "Pairs")
 _SOURCES = ("Windows", "Attention")
-_RUN = 32  # samples that are summed in one run, if there are more than a warp holds at a time
+_CHUNK = 32  # samples of a row that come at a time, at most, where not all are held; their sums are one run
+_PIXEL_BYTES = 2**32 - 1  # at most
 
 
 def kernels() -> list[Kernel]:
@@ -63,12 +64,12 @@ def forward(g: Aggregation, out: Any, *tensors: Any) -> None:
 
 
 def backward(g: Aggregation, grads: Any, grad_output: Any, *tensors: Any) -> None:
-    if not g.pixels:
-        for grad in grads:
-            if grad is not None:
-                grad[...] = 0
-        return
     with launch.device(grad_output) as device:
+        if not g.pixels:
+            for grad in grads:
+                if grad is not None:
+                    grad[...] = 0
+            return
         call = _Call(g, device, tensors)
         gradient = device.xp.ascontiguousarray(grad_output)
         if grads[0] is not None:
@@ -198,7 +199,7 @@ class _Call:
         rows = 32 // lanes
         while rows < 32 and 2 * rows * step <= capacity:
             rows *= 2
-        held = self.samples if rows * step <= capacity else min(_RUN, (capacity // rows - 1) | 1)
+        held = self.samples if rows * step <= capacity else min(_CHUNK, (capacity // rows - 1) | 1)
         return _Split(vector, lanes, rows, held)
 
     def _grid(self, rows: int, vector: int) -> int:
@@ -213,6 +214,8 @@ class _Call:
                 f"blocks of threads, and one image must have fewer than 2**31 vectors of {vector} channels, "
                 f"got {queries}, {grid} and {image_vectors}"
             )
+        if self._pixel_bytes > _PIXEL_BYTES:
+            raise ValueError(f"{g.name}: on CUDA a pixel must take fewer than 2**32 bytes, got {self._pixel_bytes}")
         return grid
 
     def _aggregate(self, split: _Split) -> np.ndarray:
@@ -223,9 +226,13 @@ class _Call:
             strips_of=_divisor(min(_STRIP, height) * width), last_strip_of=_divisor(height % _STRIP or _STRIP),
             images=g.batch, height=height, width=width, pixels=g.pixels, groups=g.groups, channels=g.group_channels,
             samples=self.samples, softmax=g.softmax, packed=g.packed,
-            pixel_bytes=g.groups * g.group_channels * self.image.itemsize, lanes=lanes,
+            pixel_bytes=self._pixel_bytes, lanes=lanes,
             log_lanes=lanes.bit_length() - 1, rows=rows, slots=32 // lanes, held=held, reciprocal=2**16 // held + 1,
         )  # fmt: skip
+
+    @property
+    def _pixel_bytes(self) -> int:
+        return self.g.groups * self.g.group_channels * self.image.itemsize
 
     def _steps(self) -> dict[str, int]:
         """Where the places and weights of a row are, in elements."""
