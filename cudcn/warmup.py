@@ -21,14 +21,14 @@ def kernels(operators: Collection[str], dtypes: Collection[str]) -> list[Kernel]
     """Those that calls of these operators on data of these dtypes launch, other members of a family's among them."""
     families = dict.fromkeys(op.cuda for op in OPS if op.name in operators)
     ctypes = {DTYPES[dtype].ctype for dtype in dtypes} | ({"Tf32"} if "float32" in dtypes else set())
-    return [kernel for family in families for kernel in family.kernels() if _ctype(kernel) in ctypes]
+    all_kernels = dict.fromkeys(kernel for family in families for kernel in family.kernels())
+    return [kernel for kernel in all_kernels if _ctype(kernel) in (None, *ctypes)]
 
 
-def _ctype(kernel: Kernel) -> str:
-    """The data's type: the first template argument, as in `pool<__half, Average>`."""
+def _ctype(kernel: Kernel) -> str | None:
+    """The data's type: the first template argument, as in `pool<__half, Average>`; None for a kernel of any."""
     match = re.search(r"<(\w+)", kernel.expression)
-    assert match, kernel
-    return match[1]
+    return match[1] if match else None
 
 
 def warm_up(operators: Collection[str], dtypes: Collection[str], report: TextIO = sys.stderr) -> int:

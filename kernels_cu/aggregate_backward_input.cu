@@ -26,11 +26,11 @@ template <typename A> struct alignas(2 * sizeof(A)) Softmax {
 };
 
 // The softmax of every query of the pairs. Threads (lanes, rows), a row a query; lanes are a power of two up to 32.
-template <typename O>
+template <typename T, typename O>
 __global__ void __launch_bounds__(THREADS, 4)
-aggregate_softmax(const O *__restrict__ weights, Softmax<arithmetic_t<O>> *__restrict__ softmax, Aggregate p,
+aggregate_softmax(const O *__restrict__ weights, Softmax<arithmetic_t<T>> *__restrict__ softmax, Aggregate p,
                   Pairs pairs) {
-  using A = arithmetic_t<O>;
+  using A = arithmetic_t<T>;
   const int queries = p.height * p.width, lanes = int(blockDim.x), lane = int(threadIdx.x);
   const unsigned rows = unsigned(pairs.count) * queries, row = blockIdx.x * blockDim.y + threadIdx.y;
   const int inside = int(min(row, rows - 1) / queries), query = int(min(row, rows - 1)) - inside * queries;
@@ -47,8 +47,7 @@ aggregate_softmax(const O *__restrict__ weights, Softmax<arithmetic_t<O>> *__res
 }
 
 // The samples of the pairs, for the sort: numbered by pair, level, query and point.
-template <typename O, typename Source> struct Samples {
-  using A = arithmetic_t<O>;
+template <typename A, typename O, typename Source> struct Samples {
   const O *places, *weights;
   const long long *shapes, *starts;
   const Softmax<A> *softmax;  // null for none
@@ -101,23 +100,25 @@ template <typename O, typename Source> struct Samples {
   }
 };
 
-template <typename O, template <typename> class Source>
+template <typename T, typename O, template <typename> class Source>
 __global__ void __launch_bounds__(SORTERS)
 aggregate_count(const O *__restrict__ places, const O *__restrict__ weights, const long long *__restrict__ shapes,
-                const long long *__restrict__ starts, const Softmax<arithmetic_t<O>> *__restrict__ softmax,
-                Source<arithmetic_t<O>> source, Aggregate p, Pairs pairs, int samples, int *cell_of,
+                const long long *__restrict__ starts, const Softmax<arithmetic_t<T>> *__restrict__ softmax,
+                Source<arithmetic_t<T>> source, Aggregate p, Pairs pairs, int samples, int *cell_of,
                 int *cell_starts) {
-  const Samples<O, Source<arithmetic_t<O>>> all = {places, weights, shapes, starts, softmax, source, p, pairs};
+  using A = arithmetic_t<T>;
+  const Samples<A, O, Source<A>> all = {places, weights, shapes, starts, softmax, source, p, pairs};
   count_samples(all, samples, cell_of, cell_starts);
 }
 
-template <typename O, template <typename> class Source>
+template <typename T, typename O, template <typename> class Source>
 __global__ void __launch_bounds__(SORTERS)
 aggregate_records(const O *__restrict__ places, const O *__restrict__ weights, const long long *__restrict__ shapes,
-                  const long long *__restrict__ starts, const Softmax<arithmetic_t<O>> *__restrict__ softmax,
-                  Source<arithmetic_t<O>> source, Aggregate p, Pairs pairs, int cells, const int *cell_of,
-                  const int *cell_starts, const int *order, Record<arithmetic_t<O>> *records) {
-  const Samples<O, Source<arithmetic_t<O>>> all = {places, weights, shapes, starts, softmax, source, p, pairs};
+                  const long long *__restrict__ starts, const Softmax<arithmetic_t<T>> *__restrict__ softmax,
+                  Source<arithmetic_t<T>> source, Aggregate p, Pairs pairs, int cells, const int *cell_of,
+                  const int *cell_starts, const int *order, Record<arithmetic_t<T>> *records) {
+  using A = arithmetic_t<T>;
+  const Samples<A, O, Source<A>> all = {places, weights, shapes, starts, softmax, source, p, pairs};
   write_records(all, cells, cell_of, cell_starts, order, records);
 }
 

@@ -144,19 +144,22 @@ template <typename A, typename Kind> struct Bins {
   }
 };
 
-template <typename A, typename Kind>
+template <typename T, typename Kind>
 __global__ void __launch_bounds__(SORTERS)
-pool_count(const A *__restrict__ rois, const A *__restrict__ offset, const A *__restrict__ mask, Strides gradients,
-           Pooling p, Planes planes, int samples, int *cell_of, int *starts) {
-  count_samples(Bins<A, Kind>{rois, offset, mask, gradients, p, planes}, samples, cell_of, starts);
+pool_count(const arithmetic_t<T> *__restrict__ rois, const arithmetic_t<T> *__restrict__ offset,
+           const arithmetic_t<T> *__restrict__ mask, Strides gradients, Pooling p, Planes planes, int samples,
+           int *cell_of, int *starts) {
+  const Bins<arithmetic_t<T>, Kind> bins = {rois, offset, mask, gradients, p, planes};
+  count_samples(bins, samples, cell_of, starts);
 }
 
-template <typename A, typename Kind>
+template <typename T, typename Kind>
 __global__ void __launch_bounds__(SORTERS)
-pool_records(const A *__restrict__ rois, const A *__restrict__ offset, const A *__restrict__ mask, Strides gradients,
-             Pooling p, Planes planes, int cells, const int *cell_of, const int *starts, const int *order,
-             Listed<A> *listed) {
-  write_records(Bins<A, Kind>{rois, offset, mask, gradients, p, planes}, cells, cell_of, starts, order, listed);
+pool_records(const arithmetic_t<T> *__restrict__ rois, const arithmetic_t<T> *__restrict__ offset,
+             const arithmetic_t<T> *__restrict__ mask, Strides gradients, Pooling p, Planes planes, int cells,
+             const int *cell_of, const int *starts, const int *order, Listed<arithmetic_t<T>> *listed) {
+  const Bins<arithmetic_t<T>, Kind> bins = {rois, offset, mask, gradients, p, planes};
+  write_records(bins, cells, cell_of, starts, order, listed);
 }
 
 // Grid: x = (image, class, group, slab of channels, tile of pixels), tiles fastest.

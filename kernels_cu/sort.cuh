@@ -76,7 +76,7 @@ __device__ __forceinline__ void write_records(const Samples &samples, int count,
 
 // The lists of the cells around a pixel, whose bottom right corner it is in the first, and whose top left in the last:
 // they are two runs, of two neighbouring cells each. `starts` are those from the first cell on.
-struct alignas(8) Lists {
+struct alignas(16) Lists {
   int begin[2], middle[2], end[2];
 
   Lists() = default;
@@ -94,7 +94,7 @@ struct alignas(8) Lists {
 
   // What the pixel gets of a record's row, of number `at` in the run above it or below.
   template <typename A> __device__ __forceinline__ A weight(const Record<A> &record, int at, int below) const {
-    const A down = below ? A(1) - record.down : record.down;
-    return down * (at >= middle[below] ? A(1) - record.right : record.right) * record.factor;
+    const bool right = at >= middle[below];
+    return (below ? A(1) - record.down : record.down) * (right ? A(1) - record.right : record.right) * record.factor;
   }
 };

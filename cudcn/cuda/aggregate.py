@@ -40,13 +40,17 @@ _PIXEL_BYTES = 2**32 - 1  # at most
 def kernels() -> list[Kernel]:
     """Every instance that these operators can launch."""
     types = [(data, (data.ctype, places.ctype, source)) for data, places in dtypes.together(1) for source in _SOURCES]
-    each = [(data, data.ctype, source) for data in dtypes.DTYPES.values() for source in _SOURCES]
     return [
         *(_kernel("forward", *names, v, s) for d, names in types for v in _vectors(d.size) for s in (0, 1)),
         *(_kernel("backward_places", *names, v) for d, names in types for v in _places_vectors(d.size)),
-        *(_kernel("backward_input", *names, v) for d, *names in each for v in _vectors(d.size)),
-        *(_kernel(name, *names) for _, *names in each for name in ("count", "records")),
-        *(_kernel("softmax", data.ctype) for data in dtypes.DTYPES.values()),
+        *(_kernel(name, *names) for _, names in types for name in ("count", "records")),
+        *(_kernel("softmax", data.ctype, places.ctype) for data, places in dtypes.together(1)),
+        *(
+            _kernel("backward_input", data.ctype, source, v)
+            for data in dtypes.DTYPES.values()
+            for source in _SOURCES
+            for v in _vectors(data.size)
+        ),
         *sort.kernels(),
     ]
 
@@ -147,7 +151,7 @@ class _Call:
         self._grid(split.rows * _WARPS, split.vector)  # raises
         rows = _THREADS // split.lanes
         source, aggregate = _source(g, dtype), self._aggregate(split)
-        kernels = [_kernel(name, ctype(self.places), type(g).__name__) for name in ("count", "records")]
+        kernels = [_kernel(name, *self._types()) for name in ("count", "records")]
         gather = _kernel("backward_input", ctype(self.image), type(g).__name__, split.vector)
         softmax_bytes = 2 * np.dtype(dtype).itemsize * queries if g.softmax else 0
         step = pair.at_a_time(g.name, record, softmax_bytes)
@@ -170,7 +174,7 @@ class _Call:
         lanes = min(32, 1 << (ceil_div(self.samples, 4) - 1).bit_length())
         rows = _THREADS // lanes
         self.device.launch(
-            _kernel("softmax", ctype(self.places)), ceil_div(softmax.shape[0], rows), (lanes, rows),
+            _kernel("softmax", ctype(self.image), ctype(self.places)), ceil_div(softmax.shape[0], rows), (lanes, rows),
             self.weights, softmax, aggregate, pairs,
         )  # fmt: skip
 

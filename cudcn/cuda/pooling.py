@@ -36,10 +36,8 @@ def kernels() -> list[Kernel]:
     kinds = ("Average", "DeformRoI", "DeformPSRoI")
     names = [*itertools.product(("pool",), kinds), *itertools.product(("pool_backward_offset",), kinds[1:])]
     found = [_kernel(name, dtype.ctype, kind) for (name, kind), dtype in itertools.product(names, DTYPES.values())]
-    for kind in kinds:
-        found += [_kernel("pool_backward_input", dtype.ctype, kind, _INPUT) for dtype in DTYPES.values()]
-        for name, dtype in itertools.product(("pool_count", "pool_records"), ("float32", "float64")):
-            found.append(_kernel(name, DTYPES[dtype].ctype, kind, _INPUT))
+    names = [*itertools.product(("pool_count", "pool_records", "pool_backward_input"), kinds)]
+    found += [_kernel(name, t.ctype, kind, _INPUT) for (name, kind), t in itertools.product(names, DTYPES.values())]
     return found + sort.kernels()
 
 
@@ -99,8 +97,7 @@ def _backward_input(device: Any, g: RoIPooling, grad_input: Any, *args: Any) -> 
     record = int(_LISTED[dtype].dtype.itemsize)
     step = min(a_class.at_a_time(g.name, record), launch.LARGEST_GRID // blocks)
     pooling = _pooling(g, channels_last=False, tiles=0, slabs=0)
-    ctype_of_positions = DTYPES[np.dtype(dtype).name].ctype
-    kernels = [_kernel(name, ctype_of_positions, g.kind, _INPUT) for name in ("pool_count", "pool_records")]
+    kernels = [_kernel(name, ctype(grad_input), g.kind, _INPUT) for name in ("pool_count", "pool_records")]
     for first in range(0, g.classes, step):
         classes = min(step, g.classes - first)
         some = _PLANES(cells=cells, first_class=first, classes=classes)
