@@ -11,9 +11,10 @@ import numpy as np
 from .. import launch, sources
 from ..dtypes import DTYPES, arithmetic
 from ..geometry import RoIPooling, ceil_div
-from ..launch import Kernel, ctype, strides
+from ..launch import Kernel, address, ctype, strides
 
-_THREADS = 256
+_THREADS = sources.constant("pooling", "THREADS")
+_BINS = sources.constant("pooling", "BINS")
 _SLAB = sources.constant("pooling", "SLAB_BYTES")
 _LANES = 8  # threads that share a bin's channels, where neighbouring ones are on neighbouring bins
 _POOLING = sources.Struct("pooling", "Pooling")
@@ -22,16 +23,27 @@ _POOLING = sources.Struct("pooling", "Pooling")
 def kernels() -> list[Kernel]:
     """Every instance that the four operators can launch."""
     kinds = ("Average", "DeformRoI", "DeformPSRoI")
-    names = [*itertools.product(("pool", "pool_backward_input"), kinds)]
-    names += [("pool_backward_offset", kind) for kind in kinds[1:]]
-    return [_kernel(name, dtype.ctype, kind) for (name, kind), dtype in itertools.product(names, DTYPES.values())]
+    names = [("pool", kind) for kind in kinds] + [("pool_backward_offset", kind) for kind in kinds[1:]]
+    return [
+        *(_kernel("pool_backward_input", dtype.ctype, kind) for kind in kinds for dtype in DTYPES.values()),
+        *(
+            _kernel(name, dtype.ctype, kind, vector)
+            for (name, kind), dtype in itertools.product(names, DTYPES.values())
+            for vector in (1, 16 // dtype.size)
+        ),
+    ]
 
 
 def forward(g: RoIPooling, out: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None) -> None:
     with launch.device(out) as device:
         positions = _positions(device, input, rois, offset, mask)
-        channels_last = _channels_last(g, input)
-        _launch(device, g, "pool", input, channels_last, 1, input, strides(input), *positions, out, strides(out))
+        channels_last, vector = _channels_last(g, input), _vector(g, input)
+        # where channels are read one by one, neighbouring threads share a line: only then not all of a slab come first
+        alone = 1 if channels_last and vector == 1 else _slab(input)
+        _launch(
+            device, g, "pool", input, channels_last, _LANES, input, strides(input), *positions, out, strides(out),
+            vector=vector, alone=alone,
+        )  # fmt: skip
 
 
 def backward(
@@ -54,10 +66,10 @@ def backward(
             bins = (g.rois, 2 * g.classes, *g.output_size)
             offset_sums = None if grad_offset is None else _sums(device, input, grad_offset, bins)
             mask_sums = None if grad_mask is None else _sums(device, input, grad_mask, grad_mask.shape)
-            channels_last = _channels_last(g, input)
+            channels_last, vector = _channels_last(g, input), _vector(g, input)
             _launch(
                 device, g, "pool_backward_offset", input, channels_last, _LANES,
-                *gradient, input, strides(input), *positions, offset_sums, mask_sums,
+                *gradient, input, strides(input), *positions, offset_sums, mask_sums, vector=vector, alone=vector,
             )  # fmt: skip
             if grad_offset is not offset_sums:
                 grad_offset[...] = _by_part(device, g, offset_sums)
@@ -74,6 +86,19 @@ def _positions(device: Any, input: Any, *tensors: Any) -> list[Any]:
 def _channels_last(g: RoIPooling, image: Any) -> bool:
     """Whether neighbouring threads go to neighbouring channels; those of a bin are no neighbours if it has a group."""
     return g.group_size == (1, 1) and g.channels > 1 and image.strides[1] == image.itemsize
+
+
+def _vector(g: RoIPooling, input: Any) -> int:
+    """How many neighbouring channels a thread reads at once: 16 bytes, if all pixels and classes allow it, else one."""
+    vector = 16 // input.itemsize
+    channels = g.out_channels // g.classes
+    aligned = _channels_last(g, input) and channels % vector == 0 and address(input) % 16 == 0
+    return vector if aligned and all(stride % 16 == 0 for stride in input.strides[::2] + input.strides[3:]) else 1
+
+
+def _slab(input: Any) -> int:
+    """How many channels of a bin a thread sums at a time."""
+    return _SLAB // np.dtype(arithmetic(input)).itemsize
 
 
 def _input_sums(device: Any, g: RoIPooling, grad: Any) -> Any:
@@ -107,12 +132,19 @@ def _by_part(device: Any, g: RoIPooling, bins: Any) -> Any:
     return parts
 
 
-def _launch(device: Any, g: RoIPooling, name: str, input: Any, channels_last: bool, lanes: int, *args: Any) -> None:
-    """`lanes`: how many threads take turns at a bin's channels if they are planar; 1 if blocks share them out."""
+def _launch(
+    device: Any, g: RoIPooling, name: str, input: Any, channels_last: bool, lanes: int, *args: Any,
+    vector: int | None = None, alone: int = 1,
+) -> None:  # fmt: skip
+    """`lanes`: how many threads at most take turns at a bin's channels if they are planar.
+
+    `vector`: how many channels they read at once, None for a kernel that does not ask and shares no bins. `alone`: up
+    to how many channels one thread has a bin for itself.
+    """
     channels = g.out_channels // g.classes
-    slab = _SLAB // np.dtype(arithmetic(input)).itemsize if lanes == 1 else channels
-    lanes = min(32 if channels_last else lanes, 1 << (channels - 1).bit_length())
-    bins = _THREADS // lanes
+    slab = channels if name == "pool_backward_offset" else _slab(input)
+    lanes = min(32 if channels_last else lanes, 1 << (ceil_div(channels, alone) - 1).bit_length())
+    bins = min(_THREADS // lanes, _THREADS if vector is None else _BINS)
     slabs = ceil_div(channels, lanes * slab)
     tiles = ceil_div(g.rois * math.prod(g.output_size), bins)
     grid = tiles * slabs * g.classes
@@ -126,9 +158,9 @@ def _launch(device: Any, g: RoIPooling, name: str, input: Any, channels_last: bo
         samples=g.samples, channels_last=channels_last, tiles=tiles, slabs=slabs,
     )  # fmt: skip
     block = (lanes, bins) if channels_last else (bins, lanes)
-    kernel = _kernel(name, ctype(input), g.kind)
+    kernel = _kernel(name, ctype(input), g.kind, vector)
     device.launch(kernel, grid, block, *args, pooling)
 
 
-def _kernel(name: str, dtype: str, kind: str) -> Kernel:
-    return Kernel("pooling", f"{name}<{dtype}, {kind}>")
+def _kernel(name: str, dtype: str, kind: str, vector: int | None = None) -> Kernel:
+    return Kernel("pooling", f"{name}<{dtype}, {kind}{'' if vector is None else f', {vector}'}>")
