@@ -10,17 +10,33 @@
 // Bins of group (gh, gw) read the input channels (c * Gh + gh) * Gw + gw; without position-sensitive channels there is
 // one group.
 //
-// A thread computes its bin and each sample's cell once, for a slab of up to SLAB channels whose sums are in registers.
+// A thread computes each sample's cell once, for a slab of up to SLAB channels whose sums are in registers; the bin
+// itself one thread computes for all lanes that share its channels.
 // Planar: neighbouring threads on neighbouring bins, so what one pixel row of a roi touches is shared in L1, and `out`
-// is written in order. Interleaved, where the input's channels are: lanes on neighbouring channels. Tiles of bins come
-// before slabs of channels in the grid: the blocks that run together read few planes, which stay in L2.
+// is written in order. Interleaved, where the input's channels are: lanes on neighbouring channels, V of them to a
+// thread, which it reads by 16 bytes where strides and alignment allow. Tiles of bins come before slabs of channels in
+// the grid: the blocks that run together read few planes, which stay in L2.
 //
 // 1,000 rois x 7x7 x 256 channels on 2x256x200x304, float32, 2x2 samples: each byte once is 125 MB in and 50 MB out,
-// 58 us at 3 TB/s; the gather is 200 M loads (16 an output), at some five instructions each 35 us. Between them stands
-// L1: interleaved, a warp's load is one line of 128 bytes, 6.3 M of them, 28 us; planar, 32 bins of some five pixel
-// rows are 5 to 10 lines, and the lines bound it. The gradient of the input is 200 M atomics: 32 lanes on neighbouring
-// channels make one transaction, so the caller gives sums with the channels last, whatever the image's order. They are
-// double, as nothing bounds how many bins read one pixel: two transactions.
+// 58 us at 3 TB/s. The gather is 200 M loads, 16 an output. Planar, a warp's 32 bins lie in some five pixel rows, 5 to
+// 10 lines a load, and L1 bounds it, at some 200 us. Interleaved it reads whole lines of 128 bytes, 28 us; but each
+// element would be a store to a sector of its own, 400 MB, were they not put in order in shared memory first.
+// Estimates from the SASS for sm_90, at 528 instructions a clock and 1.75 GHz; 49,000 warps, of 32 bins x 8 channels:
+//
+//   instructions of a warp      bin  a sample  mean, output    all    time   loads on their way  registers
+//   before, in either order     760       408           320  2,770  147 us                    4        122
+//   float, planar               200       213           230  1,350   71 us                   32         80
+//   float, interleaved, V = 4   185       134           310  1,110   59 us     8 of 16 bytes            80
+//   half, interleaved, V = 8    165       151           360  1,210   64 us     4 of 16 bytes            80
+//
+// The 710 that find a bin are those of one warp of eight. A sample takes some 60 for its cell, and for each channel 4
+// loads, 8 additions of 64-bit addresses (a vector: 8 in all) and 5 of sums. The sums are 24 registers, 16 of which are
+// for bins of more than RUN samples. The gradients of offset and mask: 41 a channel of a sample planar and 26 by V = 4,
+// after 46, with 20 and 8 loads on their way, after 5, and 96 and 79 registers, after 95.
+//
+// The gradient of the input is 200 M atomics: 32 lanes on neighbouring channels make one transaction, so the caller
+// gives sums with the channels last, whatever the image's order. They are double, as nothing bounds how many bins read
+// one pixel: two transactions.
 #include "bilinear.cuh"
 #include "sum.cuh"
 #include "vector.cuh"
@@ -77,7 +93,8 @@ template <typename A> struct Extent {
   }
 };
 
-// V neighbouring channels of one pixel.
+// V neighbouring channels of one pixel, `step` further than `from`. The address is an integer's sum: a pointer's the
+// compiler turns into an index, which takes two instructions more for every load, and twice the registers.
 template <int V, typename T> __device__ __forceinline__ Vector<T, V> read(const T *from, long long step) {
   using word_t = typename Vector<T, V>::word_t;
   const unsigned long long address = reinterpret_cast<unsigned long long>(from) + step * sizeof(T);
@@ -91,7 +108,7 @@ template <typename A> struct Pixel {
   __device__ __forceinline__ Pixel(const Axis<A> &, const Axis<A> &, int y, int x, const Pooling &, const Strides &s)
       : at(y * s.y + x * s.x) {}
 
-  // Of V channels, `step` further than the first of the plane.
+  // Of V channels, `step` further than the plane's first one.
   template <int V, typename T>
   __device__ __forceinline__ void values(const T *plane, long long step, A (&values)[V]) const {
     const Vector<T, V> pixel = read<V>(plane + at, step);
@@ -201,11 +218,10 @@ struct Place {
 
   Place() = default;
 
-  __device__ __forceinline__ Place(const Pooling &p, int slab) : Place(p, slab, Thread(p.channels_last)) {}
-  __device__ __forceinline__ Place(const Pooling &p, int slab, const Thread &thread)
-      : Place(p, slab, thread, thread.bin, thread.lane) {}
+  __device__ __forceinline__ Place(const Pooling &p, int slab)
+      : Place(p, slab, Thread(p.channels_last), Thread(p.channels_last).bin, Thread(p.channels_last).lane) {}
 
-  // That of any lane of any bin of the block.
+  // That of any lane of any bin of the thread's block.
   __device__ __forceinline__ Place(const Pooling &p, int slab, const Thread &thread, int bin, int lane)
       : lanes(thread.lanes), lane(lane) {
     int block = int(blockIdx.x);
@@ -293,8 +309,8 @@ __device__ __forceinline__ void share_bins(Task<A, Kind> (&tasks)[BINS], const T
   __syncthreads();
 }
 
-// The sums over a bin's samples of N channels from the plane's on: vectors of V, each `step` after the one before. There
-// is no test of each vector, which would keep their loads from being on their way at once.
+// Adds up a bin's samples of N channels from the plane's on: vectors of V, each `step` after the one before. No vector
+// is tested for, so that the loads of all are on their way at once.
 template <int V, typename T, typename A, typename Kind, int N>
 __device__ __forceinline__ void add_samples(const Bin<A, Kind> &bin, const T *plane, long long step, const Pooling &p,
                                             const Strides &strides, Sum<A> (&sums)[N]) {
@@ -333,6 +349,7 @@ pool(const T *__restrict__ input, Strides input_strides, const arithmetic_t<T> *
   const bool channels_last = V > 1 || p.channels_last;
   const Thread thread(channels_last);
   share_bins(tasks, thread, p, rois, offset, mask);
+  // of the block; read again where it is wanted, which costs less than a register all along
   const auto count = [&] { return min(p.class_channels - tasks[0].place.channel, SLAB<A> * thread.lanes); };
 
   const Place &place = tasks[thread.bin].place;
@@ -406,8 +423,7 @@ pool_backward_input(const T *__restrict__ grad_output, Strides grad_output_strid
   }
 }
 
-// What a lane finds for its bin: the sums, over samples and channels, of the output's gradient times the value, and times
-// its slopes.
+// A lane's part of a bin: sums over samples and channels of the output's gradient times the value, and times slopes.
 template <typename A> struct Products {
   Sum<A> value, slope_y, slope_x;
   int run = 0;

@@ -38,7 +38,7 @@ def forward(g: RoIPooling, out: Any, input: Any, rois: Any, offset: Any = None, 
     with launch.device(out) as device:
         positions = _positions(device, input, rois, offset, mask)
         channels_last, vector = _channels_last(g, input), _vector(g, input)
-        # where channels are read one by one, neighbouring threads share a line: only then not all of a slab come first
+        # a slab before another thread joins in; but of channels that are read one by one, neighbours share a cache line
         alone = 1 if channels_last and vector == 1 else _slab(input)
         _launch(
             device, g, "pool", input, channels_last, _LANES, input, strides(input), *positions, out, strides(out),
@@ -138,8 +138,8 @@ def _launch(
 ) -> None:  # fmt: skip
     """`lanes`: how many threads at most take turns at a bin's channels if they are planar.
 
-    `vector`: how many channels they read at once, None for a kernel that does not ask and shares no bins. `alone`: up
-    to how many channels one thread has a bin for itself.
+    `vector`: how many channels they read at once; None for a kernel without vectors, whose threads share no bins.
+    `alone`: how many channels a bin may have before another thread joins in.
     """
     channels = g.out_channels // g.classes
     slab = channels if name == "pool_backward_offset" else _slab(input)
