@@ -12,8 +12,11 @@
 #pragma once
 #include "bilinear.cuh"
 #include "sum.cuh"
+#include "vector.cuh"
 
 constexpr int MOST = 8388608;  // 2**23
+constexpr int SLAB_BYTES = 32;  // of the channels that a thread sums at a time
+template <typename A> constexpr int SLAB = SLAB_BYTES / sizeof(A);
 
 struct Pooling {
   double spatial_scale, offset_unit;
@@ -62,22 +65,51 @@ template <typename A> struct Extent {
   }
 };
 
+// V neighbouring channels of one pixel, `step` further than `from`. The address is an integer's sum: a pointer's the
+// compiler turns into an index, which takes two instructions more for every load, and twice the registers.
+template <int V, typename T> __device__ __forceinline__ Vector<T, V> read(const T *from, long long step) {
+  using word_t = typename Vector<T, V>::word_t;
+  const unsigned long long address = reinterpret_cast<unsigned long long>(from) + step * sizeof(T);
+  return {__ldg(reinterpret_cast<const word_t *>(address))};
+}
+
 // A sample that is one pixel, and one that is bilinear.
 template <typename A> struct Pixel {
   long long at;
 
   __device__ __forceinline__ Pixel(const Axis<A> &, const Axis<A> &, int y, int x, const Pooling &, const Strides &s)
       : at(y * s.y + x * s.x) {}
-  template <typename T> __device__ __forceinline__ A value(const T *plane) const { return A(plane[at]); }
+
+  // Of V channels, `step` further than the plane's first one.
+  template <int V, typename T>
+  __device__ __forceinline__ void values(const T *plane, long long step, A (&values)[V]) const {
+    const Vector<T, V> pixel = read<V>(plane + at, step);
+#pragma unroll
+    for (int v = 0; v < V; ++v) values[v] = A(pixel[v]);
+  }
 };
 
 template <typename A> struct Point : Cell<A> {
   __device__ __forceinline__ Point(const Axis<A> &y, const Axis<A> &x, int i, int j, const Pooling &p, const Strides &s)
       : Cell<A>(Cell<A>::clamped(y.position(i), x.position(j), p.height, p.width, s.y, s.x)) {}
-  template <typename T> __device__ __forceinline__ A value(const T *plane) const {
-    A corners[4];
-    this->load(plane, corners);
-    return Cell<A>::value(corners);
+
+  template <int V, typename T>
+  __device__ __forceinline__ void corners(const T *plane, long long step, A (&corners)[V][4]) const {
+    Vector<T, V> pixels[4];
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) pixels[corner] = read<V>(plane + this->at[corner], step);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) corners[v][corner] = A(pixels[corner][v]);
+    }
+  }
+  template <int V, typename T>
+  __device__ __forceinline__ void values(const T *plane, long long step, A (&values)[V]) const {
+    A corners[V][4];
+    this->corners(plane, step, corners);
+#pragma unroll
+    for (int v = 0; v < V; ++v) values[v] = Cell<A>::value(corners[v]);
   }
 };
 
@@ -141,6 +173,8 @@ template <typename A, typename Kind> struct Bin {
   int group;
   long long channel;  // of the input, for the class's first one
   A modulation;
+
+  Bin() = default;
 
   __device__ __forceinline__ Bin(const Pooling &p, int roi, int cls, int row, int column, const A *rois,
                                  const A *offset, const A *mask) {

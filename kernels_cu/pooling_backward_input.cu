@@ -18,7 +18,6 @@
 #include "sort.cuh"
 
 constexpr int TILE = 8, SLICES = 4, THREADS = TILE * TILE * SLICES, HELD = 32;
-template <typename A> constexpr int SLAB = 32 / sizeof(A);
 template <typename A> constexpr int CHANNELS = SLICES * SLAB<A>;
 
 // Cells of all grids of a plane, an image's pixels of a class and group; and the classes that are sorted together.

@@ -12,6 +12,7 @@ from cases.pooling import (
     CASES,
     PLAIN,
     SMALL,
+    WIDE,
     DeformPSRoIPool,
     DeformRoIPool,
     PSRoIPool,
@@ -30,12 +31,12 @@ from cudcn.cuda.sort import Segments
 f4 = np.float32
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *WIDE], ids=str)
 class TestEveryCase(EveryCase):
     pass
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", [*SMALL, *WIDE], ids=str)
 class TestEverySmallCase(EverySmallCase):
     pass
 
@@ -77,9 +78,42 @@ class TestEmulated:
     def test_every_instance_in_the_list_is_launched(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = launched(monkeypatch)
         for dtype in DTYPES:
-            for case in PLAIN:
+            for case in (*PLAIN, *WIDE):
                 agrees_with_float64(case, dtype)
         assert seen == set(pooling.kernels())
+
+    @pytest.mark.parametrize("case", WIDE, ids=str)
+    @pytest.mark.parametrize(("view", "width"), [
+        ("whole", 4), ("a part of the channels", 4), ("every other pixel", 4), ("rows of odd length", 1),
+        ("not aligned", 1), ("planar", 1),
+    ])  # fmt: skip
+    def test_channels_are_read_16_bytes_at_a_time_where_all_are_aligned(
+        self, case: RoIPooling, view: str, width: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tensors, grad_output = dict(case.tensors("float32")), case.grad_output("float32")
+        image = tensors["input"].transpose(0, 2, 3, 1)
+        n, h, w, c = image.shape
+        room = {
+            "whole": np.zeros(image.shape, f4),
+            "a part of the channels": np.zeros((n, h, w, c + 8), f4)[..., 4 : 4 + c],
+            "every other pixel": np.zeros((n, h, 2 * w, c), f4)[:, :, ::-2],
+            "rows of odd length": np.zeros((n, h, w * c + 1), f4)[..., :-1].reshape(n, h, w, c),
+            "not aligned": np.zeros((n, h, w, c + 4), f4)[..., 1 : 1 + c],
+            "planar": np.zeros((n, c, h, w), f4).transpose(0, 2, 3, 1),
+        }[view]
+        room[...] = image
+        tensors["input"] = room.transpose(0, 3, 1, 2)
+        seen = launched(monkeypatch)
+        out, grads = case.forward(tensors), case.backward(tensors, grad_output)
+        expressions = [kernel.expression for kernel in seen if "input" not in kernel.expression]
+        assert expressions
+        assert all(expression.endswith(f", {width}>") for expression in expressions)
+        with pytest.MonkeyPatch.context() as cpu:
+            cpu.setenv("CUDCN_DEVICE", "cpu")
+            want, want_grads = case.forward(tensors), case.backward(tensors, grad_output)
+        case.close(out, want, "float32")
+        for name, grad in want_grads.items():
+            assert grad is None or error(grads[name], grad) < 1e-5, name
 
     @pytest.mark.parametrize("name", ["deform_roi_pool many channels", "deform_psroi_pool more parts"])
     def test_the_offset_s_gradient_is_deterministic(self, name: str) -> None:

@@ -14,12 +14,13 @@ import numpy as np
 from .. import launch, sources
 from ..dtypes import DTYPES, arithmetic
 from ..geometry import RoIPooling, ceil_div
-from ..launch import Kernel, ctype, strides
+from ..launch import Kernel, address, ctype, strides
 from . import sort
 from .sort import Segments
 
-_THREADS = 256
-_SLAB = sources.constant("pooling", "SLAB_BYTES")
+_THREADS = sources.constant("pooling", "THREADS")
+_BINS = sources.constant("pooling", "BINS")
+_SLAB = sources.constant("pooling.cuh", "SLAB_BYTES")
 _LANES = 8  # threads that share a bin's channels, where neighbouring ones are on neighbouring bins
 _TILE = sources.constant("pooling_backward_input", "TILE")
 _SLICES = sources.constant("pooling_backward_input", "SLICES")
@@ -28,24 +29,34 @@ _PLANES = sources.Struct("pooling_backward_input", "Planes")
 _LISTED: dict[type, sources.Struct] = {
     dtype: sources.Struct("pooling_backward_input", "Listed", A=dtype) for dtype in (np.float32, np.float64)
 }
-_INPUT = "pooling_backward_input"
 
 
 def kernels() -> list[Kernel]:
     """Every instance that the four operators can launch."""
     kinds = ("Average", "DeformRoI", "DeformPSRoI")
-    names = [*itertools.product(("pool",), kinds), *itertools.product(("pool_backward_offset",), kinds[1:])]
-    found = [_kernel(name, dtype.ctype, kind) for (name, kind), dtype in itertools.product(names, DTYPES.values())]
-    names = [*itertools.product(("pool_count", "pool_records", "pool_backward_input"), kinds)]
-    found += [_kernel(name, t.ctype, kind, _INPUT) for (name, kind), t in itertools.product(names, DTYPES.values())]
-    return found + sort.kernels()
+    names = [("pool", kind) for kind in kinds] + [("pool_backward_offset", kind) for kind in kinds[1:]]
+    of_input = itertools.product(("pool_count", "pool_records", "pool_backward_input"), kinds)
+    return [
+        *(
+            _kernel(name, dtype.ctype, kind, vector)
+            for (name, kind), dtype in itertools.product(names, DTYPES.values())
+            for vector in (1, 16 // dtype.size)
+        ),
+        *(_kernel(name, dtype.ctype, kind) for (name, kind), dtype in itertools.product(of_input, DTYPES.values())),
+        *sort.kernels(),
+    ]
 
 
 def forward(g: RoIPooling, out: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None) -> None:
     with launch.device(out) as device:
         positions = _positions(device, input, rois, offset, mask)
-        channels_last = _channels_last(g, input)
-        _launch(device, g, "pool", input, channels_last, 1, input, strides(input), *positions, out, strides(out))
+        channels_last, vector = _channels_last(g, input), _vector(g, input)
+        # a slab before another thread joins in; but of channels that are read one by one, neighbours share a cache line
+        alone = 1 if channels_last and vector == 1 else _slab(input)
+        _launch(
+            device, g, "pool", input, channels_last, _LANES, input, strides(input), *positions, out, strides(out),
+            vector=vector, alone=alone,
+        )  # fmt: skip
 
 
 def backward(
@@ -62,10 +73,10 @@ def backward(
             bins = (g.rois, 2 * g.classes, *g.output_size)
             offset_sums = None if grad_offset is None else _sums(device, input, grad_offset, bins)
             mask_sums = None if grad_mask is None else _sums(device, input, grad_mask, grad_mask.shape)
-            channels_last = _channels_last(g, input)
+            channels_last, vector = _channels_last(g, input), _vector(g, input)
             _launch(
                 device, g, "pool_backward_offset", input, channels_last, _LANES,
-                *gradient, input, strides(input), *positions, offset_sums, mask_sums,
+                *gradient, input, strides(input), *positions, offset_sums, mask_sums, vector=vector, alone=vector,
             )  # fmt: skip
             if grad_offset is not offset_sums:
                 grad_offset[...] = _by_part(device, g, offset_sums)
@@ -97,14 +108,14 @@ def _backward_input(device: Any, g: RoIPooling, grad_input: Any, *args: Any) -> 
     record = int(_LISTED[dtype].dtype.itemsize)
     step = min(a_class.at_a_time(g.name, record), launch.LARGEST_GRID // blocks)
     pooling = _pooling(g, channels_last=False, tiles=0, slabs=0)
-    kernels = [_kernel(name, ctype(grad_input), g.kind, _INPUT) for name in ("pool_count", "pool_records")]
+    kernels = [_kernel(name, ctype(grad_input), g.kind) for name in ("pool_count", "pool_records")]
     for first in range(0, g.classes, step):
         classes = min(step, g.classes - first)
         some = _PLANES(cells=cells, first_class=first, classes=classes)
         arguments = *positions, grad_output_strides, pooling, some
         lists = sort.sort(device, a_class.times(classes), record, *kernels, *arguments)
         device.launch(
-            _kernel("pool_backward_input", ctype(grad_input), g.kind, _INPUT), classes * blocks,
+            _kernel("pool_backward_input", ctype(grad_input), g.kind), classes * blocks,
             (_TILE * _TILE * _SLICES, 1), grad_output, grad_output_strides, *lists, grad_input, strides(grad_input),
             pooling, some,
         )  # fmt: skip
@@ -118,6 +129,19 @@ def _grid_cells(height: int, width: int) -> int:
         if size >= max(height, width):
             return cells
         size *= 2
+
+
+def _vector(g: RoIPooling, input: Any) -> int:
+    """How many neighbouring channels a thread reads at once: 16 bytes, if all pixels and classes allow it, else one."""
+    vector = 16 // input.itemsize
+    channels = g.out_channels // g.classes
+    aligned = _channels_last(g, input) and channels % vector == 0 and address(input) % 16 == 0
+    return vector if aligned and all(stride % 16 == 0 for stride in input.strides[::2] + input.strides[3:]) else 1
+
+
+def _slab(input: Any) -> int:
+    """How many channels of a bin a thread sums at a time."""
+    return _SLAB // np.dtype(arithmetic(input)).itemsize
 
 
 def _sums(device: Any, input: Any, grad: Any, shape: tuple[int, ...]) -> Any:
@@ -141,12 +165,19 @@ def _by_part(device: Any, g: RoIPooling, bins: Any) -> Any:
     return parts
 
 
-def _launch(device: Any, g: RoIPooling, name: str, input: Any, channels_last: bool, lanes: int, *args: Any) -> None:
-    """`lanes`: how many threads take turns at a bin's channels if they are planar; 1 if blocks share them out."""
+def _launch(
+    device: Any, g: RoIPooling, name: str, input: Any, channels_last: bool, lanes: int, *args: Any,
+    vector: int | None = None, alone: int = 1,
+) -> None:  # fmt: skip
+    """`lanes`: how many threads at most take turns at a bin's channels if they are planar.
+
+    `vector`: how many channels they read at once; None for a kernel without vectors, whose threads share no bins.
+    `alone`: how many channels a bin may have before another thread joins in.
+    """
     channels = g.out_channels // g.classes
-    slab = _SLAB // np.dtype(arithmetic(input)).itemsize if lanes == 1 else channels
-    lanes = min(32 if channels_last else lanes, 1 << (channels - 1).bit_length())
-    bins = _THREADS // lanes
+    slab = channels if name == "pool_backward_offset" else _slab(input)
+    lanes = min(32 if channels_last else lanes, 1 << (ceil_div(channels, alone) - 1).bit_length())
+    bins = min(_THREADS // lanes, _THREADS if vector is None else _BINS)
     slabs = ceil_div(channels, lanes * slab)
     tiles = ceil_div(g.rois * math.prod(g.output_size), bins)
     grid = tiles * slabs * g.classes
@@ -154,7 +185,7 @@ def _launch(device: Any, g: RoIPooling, name: str, input: Any, channels_last: bo
         raise ValueError(f"{g.name}: {g.rois} rois need {grid} blocks of threads, CUDA takes {launch.LARGEST_GRID}")
     pooling = _pooling(g, channels_last=channels_last, tiles=tiles, slabs=slabs)
     block = (lanes, bins) if channels_last else (bins, lanes)
-    kernel = _kernel(name, ctype(input), g.kind)
+    kernel = _kernel(name, ctype(input), g.kind, vector)
     device.launch(kernel, grid, block, *args, pooling)
 
 
@@ -168,5 +199,7 @@ def _pooling(g: RoIPooling, **launched: Any) -> np.ndarray:
     )  # fmt: skip
 
 
-def _kernel(name: str, dtype: str, kind: str, source: str = "pooling") -> Kernel:
-    return Kernel(source, f"{name}<{dtype}, {kind}>")
+def _kernel(name: str, dtype: str, kind: str, *vector: int) -> Kernel:
+    """Those of the input's gradient, in a file of their own, read no vectors of the input."""
+    template = ", ".join([dtype, kind, *map(str, vector)])
+    return Kernel("pooling" if vector else "pooling_backward_input", f"{name}<{template}>")

@@ -161,6 +161,13 @@ CASES: list[RoIPooling] = [
 PLAIN = [case for case in CASES if case.name == "plain"]  # one of each operator
 BY_NAME = {str(case): case for case in CASES}
 SMALL = [replace(case, rois=2, channels=min(case.channels, 6)) for case in CASES if "far" not in case.name]
+# whose channels lie side by side in memory by 16 bytes at least: in full slabs, and with vectors and blocks left over
+WIDE: list[RoIPooling] = [
+    RoIAvgPool("wide", channels=40, channels_last=True),
+    DeformRoIPool("wide", channels=264, channels_last=True, rois=3, size=(5, 4), output_size=(2, 5)),
+    DeformRoIPool("wide, many samples", channels=16, channels_last=True, rois=3, sampling_ratio=5),
+    DeformPSRoIPool("wide", channels=48, classes=2, channels_last=True, part_size=2),
+]
 # for the adapters: pairs unequal, several classes; the last of each operator has all its tensors
 ADAPTED = [
     RoIAvgPool("adapted", channels=2),
