@@ -37,35 +37,26 @@ struct Thread {
         number(int(threadIdx.y * blockDim.x + threadIdx.x)) {}
 };
 
-// One thread's place in the work: a bin, and every lanes-th channel of a class from `channel` on.
+// A bin's place in the work, for the channels of a class from `channel` on.
 // Grid: x = (class, slab of channels, tile of bins), tiles fastest.
 struct Place {
-  int roi, cls, row, column, channel, lanes, lane;
+  int roi, cls, row, column, channel;
   bool active;
 
   Place() = default;
 
-  __device__ __forceinline__ Place(const Pooling &p, int slab)
-      : Place(p, slab, Thread(p.channels_last), Thread(p.channels_last).bin, Thread(p.channels_last).lane) {}
-
-  // That of any lane of any bin of the thread's block.
-  __device__ __forceinline__ Place(const Pooling &p, int slab, const Thread &thread, int bin, int lane)
-      : lanes(thread.lanes), lane(lane) {
+  // Of number `bin` of a block, whose threads sum up to `slab` channels each.
+  __device__ __forceinline__ Place(const Pooling &p, int slab, const Thread &thread, int bin) {
     int block = int(blockIdx.x);
     bin += block % p.tiles * thread.bins;
     block /= p.tiles;
-    channel = block % p.slabs * slab * lanes + lane;
+    channel = block % p.slabs * slab * thread.lanes;
     cls = block / p.slabs;
     active = bin < p.rois * p.rows * p.columns && channel < p.class_channels;
     column = bin % p.columns;
     bin /= p.columns;
     row = bin % p.rows;
     roi = bin / p.rows;
-  }
-
-  // How many channels there are from the thread's first one on.
-  __device__ __forceinline__ int count(const Pooling &p) const {
-    return (p.class_channels - channel + lanes - 1) / lanes;
   }
 
   // The bin's first channel in the output.
@@ -85,7 +76,7 @@ __device__ __forceinline__ void share_bins(Task<A, Kind> (&tasks)[BINS], const T
                                            const A *rois, const A *offset, const A *mask) {
   if (thread.number < thread.bins) {
     Task<A, Kind> &task = tasks[thread.number];
-    task.place = Place(p, SLAB<A>, thread, thread.number, 0);
+    task.place = Place(p, SLAB<A>, thread, thread.number);
     if (task.place.active) {
       const Place &place = task.place;
       task.bin = Bin<A, Kind>(p, place.roi, place.cls, place.row, place.column, rois, offset, mask);

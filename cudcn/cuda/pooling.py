@@ -167,17 +167,16 @@ def _by_part(device: Any, g: RoIPooling, bins: Any) -> Any:
 
 def _launch(
     device: Any, g: RoIPooling, name: str, input: Any, channels_last: bool, lanes: int, *args: Any,
-    vector: int | None = None, alone: int = 1,
+    vector: int, alone: int,
 ) -> None:  # fmt: skip
     """`lanes`: how many threads at most take turns at a bin's channels if they are planar.
 
-    `vector`: how many channels they read at once; None for a kernel without vectors, whose threads share no bins.
-    `alone`: how many channels a bin may have before another thread joins in.
+    `vector`: how many channels they read at once. `alone`: how many a bin may have before another thread joins in.
     """
     channels = g.out_channels // g.classes
     slab = channels if name == "pool_backward_offset" else _slab(input)
     lanes = min(32 if channels_last else lanes, 1 << (ceil_div(channels, alone) - 1).bit_length())
-    bins = min(_THREADS // lanes, _THREADS if vector is None else _BINS)
+    bins = min(_THREADS // lanes, _BINS)
     slabs = ceil_div(channels, lanes * slab)
     tiles = ceil_div(g.rois * math.prod(g.output_size), bins)
     grid = tiles * slabs * g.classes
