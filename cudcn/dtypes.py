@@ -25,7 +25,11 @@ DTYPES = {  # by its name in every framework
 
 
 def of(array: Any) -> DType:
-    return _named(array.dtype)
+    return DTYPES[name(array)]
+
+
+def name(array: Any) -> str:
+    return _name(array.dtype)
 
 
 def arithmetic(array: Any) -> type:
@@ -34,8 +38,8 @@ def arithmetic(array: Any) -> type:
 
 
 @functools.cache  # str(dtype) takes 2 us
-def _named(dtype: Any) -> DType:
-    return DTYPES[str(dtype)]
+def _name(dtype: Any) -> str:
+    return str(dtype)
 
 
 def together(count: int) -> list[tuple[DType, ...]]:

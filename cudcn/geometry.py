@@ -1,6 +1,6 @@
 """The sizes and attributes of a call, as an operator's checks hand them to its CPU and CUDA code: a class a family.
 
-Pairs are (h, w).
+Pairs are (h, w). Each is the same as itself alone, so that what follows from one can be remembered cheaply.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def ceil_div(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Convolution:
     """deform_conv2d, in either layout."""
 
@@ -61,7 +61,7 @@ class Convolution:
         return [None if image is None else image.transpose(order) for image in images]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RoIPooling:
     """The RoI pooling operators.
 
@@ -98,7 +98,7 @@ class RoIPooling:
 # and levels one, so that one piece of code takes all three operators.
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Windows:
     """dcnv3 and dcnv4: a query is an output pixel, its samples are the taps of a window around it."""
 
@@ -156,7 +156,7 @@ class Windows:
         return offset[..., self.groups * self.points * 3 :] if self.packed and offset is not None else None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Attention:
     """ms_deform_attn: samples lie anywhere in the images of all levels."""
 

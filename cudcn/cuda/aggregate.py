@@ -7,6 +7,7 @@ See kernels_cu/aggregate.cuh and kernels_cu/aggregate_backward_input.cu.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -189,22 +190,7 @@ class _Call:
         return ctype(self.image), ctype(self.places), type(self.g).__name__
 
     def _split(self, vectors: Callable[[int], dict[int, int]], arrays: list[Any]) -> _Split:
-        channels, size = self.g.group_channels, self.image.itemsize
-        vector, least = next(
-            (vector, lanes)
-            for vector, lanes in vectors(size).items()
-            if channels % (vector * lanes) == 0 and all(address(a) % (vector * size) == 0 for a in arrays)
-        )
-        # a thread a vector of channels, as far as a warp goes; where four are at least needed, they are at most
-        lanes = least if least > 1 else min(32, 1 << (ceil_div(channels, vector) - 1).bit_length())
-        capacity = _HELD * 4 // np.dtype(arithmetic(self.image)).itemsize
-        step = self.samples | 1  # from row to row: see Held
-        # as many rows as all samples can be held of, to share what is done once a row or once for 32 samples
-        rows = 32 // lanes
-        while rows < 32 and 2 * rows * step <= capacity:
-            rows *= 2
-        held = self.samples if rows * step <= capacity else min(_CHUNK, (capacity // rows - 1) | 1)
-        return _Split(vector, lanes, rows, held)
+        return _split(self.g, vectors, self.image.itemsize, math.gcd(16, *map(address, arrays)))
 
     def _grid(self, rows: int, vector: int) -> int:
         """The number of blocks of so many rows."""
@@ -223,34 +209,60 @@ class _Call:
         return grid
 
     def _aggregate(self, split: _Split) -> np.ndarray:
-        g, (_, lanes, rows, held) = self.g, split
-        height, width = g.queries
-        return _AGGREGATE(
-            **self._steps(), groups_of=_divisor(g.groups), queries_of=_divisor(height * width),
-            strips_of=_divisor(min(_STRIP, height) * width), last_strip_of=_divisor(height % _STRIP or _STRIP),
-            images=g.batch, height=height, width=width, pixels=g.pixels, groups=g.groups, channels=g.group_channels,
-            samples=self.samples, softmax=g.softmax, packed=g.packed,
-            pixel_bytes=self._pixel_bytes, lanes=lanes,
-            log_lanes=lanes.bit_length() - 1, rows=rows, slots=32 // lanes, held=held, reciprocal=2**16 // held + 1,
-        )  # fmt: skip
+        return _aggregate(self.g, split, self.places.shape[-1], self._pixel_bytes)
 
     @property
     def _pixel_bytes(self) -> int:
         return self.g.groups * self.g.group_channels * self.image.itemsize
 
-    def _steps(self) -> dict[str, int]:
-        """Where the places and weights of a row are, in elements."""
-        samples, groups = self.samples, self.g.groups
-        if self.g.packed:
-            per_query, per_group = self.places.shape[-1], 3 * samples
-            return {
-                "places_query": per_query, "places_group": per_group,
-                "weights_query": per_query, "weights_group": per_group, "weights_first": 2 * samples,
-            }  # fmt: skip
-        return {
+
+# What follows from the geometry alone is remembered: a model makes the same few calls again and again.
+
+
+@functools.lru_cache(maxsize=1024)
+def _split(g: Aggregation, vectors: Callable[[int], dict[int, int]], size: int, alignment: int) -> _Split:
+    """`size`: of an element; `alignment`: of all that is read or written by vectors; bytes."""
+    channels, samples = g.group_channels, g.levels * g.points
+    vector, least = next(
+        (vector, lanes)
+        for vector, lanes in vectors(size).items()
+        if channels % (vector * lanes) == 0 and alignment % (vector * size) == 0
+    )
+    # a thread a vector of channels, as far as a warp goes; where four are at least needed, they are at most
+    lanes = least if least > 1 else min(32, 1 << (ceil_div(channels, vector) - 1).bit_length())
+    capacity = _HELD * 4 // max(4, size)  # positions are float32 or float64
+    step = samples | 1  # from row to row: see Held
+    # as many rows as all samples can be held of, to share what is done once a row or once for 32 samples
+    rows = 32 // lanes
+    while rows < 32 and 2 * rows * step <= capacity:
+        rows *= 2
+    held = samples if rows * step <= capacity else min(_CHUNK, (capacity // rows - 1) | 1)
+    return _Split(vector, lanes, rows, held)
+
+
+@functools.lru_cache(maxsize=1024)
+def _aggregate(g: Aggregation, split: _Split, per_query: int, pixel_bytes: int) -> np.ndarray:
+    """`per_query`: numbers of the tensor that has places and weights, where both are in one."""
+    (_, lanes, rows, held), (height, width) = split, g.queries
+    samples, groups = g.levels * g.points, g.groups
+    steps = (  # where the places and weights of a row are, in elements
+        {
+            "places_query": per_query, "places_group": 3 * samples,
+            "weights_query": per_query, "weights_group": 3 * samples, "weights_first": 2 * samples,
+        }
+        if g.packed
+        else {
             "places_query": 2 * samples * groups, "places_group": 2 * samples,
             "weights_query": samples * groups, "weights_group": samples, "weights_first": 0,
-        }  # fmt: skip
+        }
+    )  # fmt: skip
+    return _AGGREGATE(
+        **steps, groups_of=_divisor(groups), queries_of=_divisor(height * width),
+        strips_of=_divisor(min(_STRIP, height) * width), last_strip_of=_divisor(height % _STRIP or _STRIP),
+        images=g.batch, height=height, width=width, pixels=g.pixels, groups=groups, channels=g.group_channels,
+        samples=samples, softmax=g.softmax, packed=g.packed, pixel_bytes=pixel_bytes, lanes=lanes,
+        log_lanes=lanes.bit_length() - 1, rows=rows, slots=32 // lanes, held=held, reciprocal=2**16 // held + 1,
+    )  # fmt: skip
 
 
 def _divisor(number: int) -> tuple[int, int]:
@@ -269,6 +281,7 @@ def _places_vectors(itemsize: int) -> dict[int, int]:
     return {8: 4, 4: 4, 2: 1, 1: 1} if itemsize == 2 else _vectors(itemsize)
 
 
+@functools.lru_cache(maxsize=1024)
 def _source(g: Aggregation, dtype: type) -> np.ndarray:
     """What turns places into positions."""
     if isinstance(g, Attention):
@@ -288,6 +301,7 @@ def _not_below(number: int, dtype: Any) -> Any:
     return nearest if float(nearest) >= number else np.nextafter(nearest, dtype(np.inf))
 
 
+@functools.cache
 def _kernel(name: str, *template: str | int) -> Kernel:
     source = {"forward": "aggregate", "backward_places": "aggregate_backward_places"}
     expression = f"aggregate_{name}<{', '.join(map(str, template))}>"

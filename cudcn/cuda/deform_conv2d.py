@@ -6,13 +6,14 @@ fit the workspace.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from .. import launch, sources
+from .. import dtypes, launch, sources
 from ..dtypes import DTYPES, arithmetic
 from ..geometry import Convolution, ceil_div
 from ..launch import Kernel, address, strides
@@ -124,7 +125,7 @@ class _Rows:
         n, _, height, width = images.shape
         grid = ceil_div(n * height * width, 32) * ceil_div(self.parts * self.depth, 32)
         packing = _PACKING(images=n, height=height, width=width, part=self.part, depth=self.depth, parts=self.parts)
-        kernel = _kernel("pack", str(images.dtype))
+        kernel = _kernel("pack", dtypes.name(images))
         self.device.launch(kernel, grid, (32, _THREADS // 32), images, strides(images), packed, packing)
         return packed
 
@@ -134,7 +135,7 @@ class _Call:
 
     def __init__(self, g: Convolution, device: Any, input: Any, offset: Any, mask: Any) -> None:
         self.g, self.device = g, device
-        self.dtype, self.sums = str(input.dtype), arithmetic(input)
+        self.dtype, self.sums = dtypes.name(input), arithmetic(input)
         self.factors = self.dtype  # of the products
         self.offset, self.mask = offset, mask
         self.group_channels, self.group_outs = g.channels // g.groups, g.out_channels // g.groups
@@ -314,6 +315,7 @@ def _outs(dtype: str) -> tuple[int, ...]:
     return (0, 64, 128) if dtype in ("float16", "bfloat16") else (0, 64)
 
 
+@functools.cache
 def _kernel(name: str, dtype: str, *arguments: int) -> Kernel:
     ctype = "Tf32" if dtype == "tf32" else DTYPES[dtype].ctype
     template = ", ".join([ctype, *(str(a).lower() for a in arguments)])
@@ -332,12 +334,13 @@ def _sum_pixels(device: Any, images: Any, sums: Any) -> None:
     def add(images: Any, summands: int, block: tuple[int, int], tiles: int, sums: Any) -> None:
         n, channels, height, width = images.shape
         pixels = _PIXELS(images=n, channels=channels, height=height, width=width, summands=summands)
-        kernel = _pixel_sums(str(images.dtype), str(sums.dtype))
+        kernel = _pixel_sums(dtypes.name(images), dtypes.name(sums))
         device.launch(kernel, tiles * ceil_div(channels, block[0]), block, images, strides(images), sums, pixels)
 
     add(images, _SUMMANDS, block, tiles, partial)
     add(partial.T[None, :, None], tiles, by_channel, 1, sums)
 
 
+@functools.cache
 def _pixel_sums(dtype: str, sums: str) -> Kernel:
     return Kernel("deform_conv2d_backward", f"deform_conv2d_backward_bias<{DTYPES[dtype].ctype}, {DTYPES[sums].ctype}>")

@@ -5,6 +5,7 @@ The input's gradient has one thread a pixel and a few channels. See kernels_cu/p
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -188,6 +189,7 @@ def _launch(
     device.launch(kernel, grid, block, *args, pooling)
 
 
+@functools.lru_cache(maxsize=1024)
 def _pooling(g: RoIPooling, **launched: Any) -> np.ndarray:
     return _POOLING(
         spatial_scale=g.spatial_scale, offset_unit=g.offset_unit,
@@ -198,6 +200,7 @@ def _pooling(g: RoIPooling, **launched: Any) -> np.ndarray:
     )  # fmt: skip
 
 
+@functools.cache
 def _kernel(name: str, dtype: str, kind: str, *vector: int) -> Kernel:
     """Those of the input's gradient, in a file of their own, read no vectors of the input."""
     template = ", ".join([dtype, kind, *map(str, vector)])

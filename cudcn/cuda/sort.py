@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,5 +92,6 @@ def sort(
     return starts, records
 
 
+@functools.cache
 def _kernel(name: str) -> Kernel:
     return Kernel("sort", f"sort_{name}")
