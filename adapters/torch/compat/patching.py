@@ -6,10 +6,13 @@ import warnings
 
 import torch
 
-from . import transformers
+from . import dcnv4, deformable_detr, internimage, mmcv, torchvision, transformers
 from .replacement import Replacement, swap
 
-REPLACEMENTS: tuple[type[Replacement], ...] = (*transformers.REPLACEMENTS,)
+REPLACEMENTS: tuple[type[Replacement], ...] = (
+    *transformers.REPLACEMENTS, *deformable_detr.REPLACEMENTS, *torchvision.REPLACEMENTS, *mmcv.REPLACEMENTS,
+    *internimage.REPLACEMENTS, *dcnv4.REPLACEMENTS,
+)  # fmt: skip
 
 
 def patch(model: torch.nn.Module) -> dict[str, str]:
@@ -52,13 +55,13 @@ def _replacement(name: str, module: torch.nn.Module) -> type[Replacement] | None
     misfits = {}
     for replacement in REPLACEMENTS:
         if replacement.claims(module):
-            misfits[replacement] = replacement.misfit(module)
-            if misfits[replacement] is None and "forward" not in vars(module):
+            # an instance's own would hide that of its class
+            own = "it has been given a forward of its own" if "forward" in vars(module) else None
+            misfit = own or replacement.misfit(module)
+            if misfit is None:
                 return replacement
+            misfits[replacement.kind] = misfit
     if misfits:
-        why = "; ".join(
-            f"{replacement.kind}, but {misfit or 'the module has been given a forward of its own'}"
-            for replacement, misfit in misfits.items()
-        )
-        warnings.warn(f"patch: {name or 'the model'} is left as it is: its class is named as {why}", stacklevel=3)
+        why = "; ".join(f"it might be {kind}, but {misfit}" for kind, misfit in misfits.items())
+        warnings.warn(f"patch: {name or 'the model'} is left as it is: {why}", stacklevel=3)
     return None

@@ -10,7 +10,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -22,6 +22,10 @@ class Replacement(torch.nn.Module):
     names: ClassVar[tuple[str, ...]] = ()  # of the classes whose forward this replaces
     needs: ClassVar[frozenset[str]] = frozenset()  # the attributes and children that such a module has,
     allows: ClassVar[frozenset[str]] = frozenset()  # and those that it may have
+
+    if TYPE_CHECKING:  # the attributes are the other library's, of types that only it knows
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @classmethod
     def claims(cls, module: torch.nn.Module) -> bool:
