@@ -1,9 +1,9 @@
-# Each of demo, test and lint makes .venv and installs what it needs there.
+# Each of demo, test, test-models and lint makes .venv and installs what it needs there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test gpu lint oldest clean
+.PHONY: demo test test-models gpu lint oldest clean
 .NOTPARALLEL:  # all install into the one .venv
 
 demo: $(VENV)/demo
@@ -13,6 +13,10 @@ demo: $(VENV)/demo
 test: $(VENV)/test
 	# tests marked gpu run on the fake device of tests/fake_cuda; what it cannot run is skipped and says so
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto -rs
+
+# Models of Hugging Face transformers on these operators; `make test` runs them too once they are installed.
+test-models: $(VENV)/models
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto -m models
 
 # On a machine with a CUDA device, in the environment that is there: nothing is installed.
 gpu:
@@ -36,7 +40,7 @@ clean:
 
 # One stamp file per set of extras, older than pyproject.toml when that has changed. A .venv without pip is one that was
 # left half made, for want of Debian's python3-venv; making it once more completes it.
-$(VENV)/demo $(VENV)/test $(VENV)/dev: pyproject.toml
+$(VENV)/demo $(VENV)/test $(VENV)/models $(VENV)/dev: pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 	  $(PYTHON) -c "$$RECENT" || exit 1; \
 	  $(PYTHON) -m venv $(VENV) || { \

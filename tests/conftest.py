@@ -99,6 +99,17 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For torch's tensors so small that threads only wait for one another."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDCN_DEVICE", "emulator")
 

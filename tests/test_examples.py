@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -14,14 +15,18 @@ from cudcn import emulator
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-@pytest.fixture
-def quickstart() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quickstart", EXAMPLES / "quickstart.py")
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def quickstart() -> ModuleType:
+    return example("quickstart")
 
 
 def compared(quickstart: ModuleType, rng: np.random.Generator) -> bool:
@@ -50,3 +55,26 @@ def test_the_emulator_is_skipped_where_it_cannot_run(
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert compared(quickstart, rng)
     assert "\nCUDA, emulated  skipped: the emulator runs on Linux on x86-64 only" in capsys.readouterr().out
+
+
+def test_patch_detr_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    patch_detr = example("patch_detr")
+    monkeypatch.setattr("sys.argv", ["patch_detr.py"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install transformers"):
+        patch_detr.main()
+
+
+@pytest.mark.models
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_patch_detr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[models]'")
+    patch_detr = example("patch_detr")
+    monkeypatch.setattr("sys.argv", ["patch_detr.py", "--height", "64", "--width", "96"])
+    monkeypatch.setattr(patch_detr, "TURNS", 1)
+    assert patch_detr.main() == 0
+    printed = capsys.readouterr().out
+    assert "replaced 12 modules: transformers.MultiScaleDeformableAttention" in printed
+    assert re.search(r"forward, backward +\d+\.\d\d +\d+\.\d\d   \d+\.\d times as fast", printed)

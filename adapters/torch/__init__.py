@@ -7,6 +7,7 @@ where to look and have no gradient (rois, spatial_shapes, level_start_index) may
 from cudcn import ops
 
 from .bind import bind, run as run, run_backward as run_backward
+from .compat import patch as patch
 from .nn import (
     DCNv3 as DCNv3,
     DCNv4 as DCNv4,

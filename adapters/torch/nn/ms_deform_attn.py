@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,23 +63,42 @@ class MSDeformAttn(torch.nn.Module):
         level_start_index: torch.Tensor | np.ndarray,
         padding_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        shapes: torch.Tensor = as_tensor(spatial_shapes, like=query)
-        value = self.value_proj(input_flatten)
-        if padding_mask is not None:
-            value = value.masked_fill(padding_mask[..., None], 0)
-        places = (*query.shape[:2], self.n_heads, self.n_levels, self.n_points)
-        offsets = self.sampling_offsets(query).reshape(*places, 2)
-        logits = self.attention_weights(query).reshape(places)
-        points = reference_points[:, :, None, :, None]
-        if reference_points.shape[-1] == 2:
-            locations = points + offsets / shapes.flip(-1)[:, None]
-        elif reference_points.shape[-1] == 4:
-            locations = points[..., :2] + offsets / self.n_points * points[..., 2:] / 2
-        else:
-            raise ValueError(
-                f"{type(self).__name__}: reference_points must be (N, Q, n_levels, 2) or (N, Q, n_levels, 4), "
-                f"got {tuple(reference_points.shape)}"
-            )
-        heads = value.unflatten(-1, (self.n_heads, -1))
-        out = ms_deform_attn(heads, shapes, level_start_index, locations, logits, softmax=True)
-        return self.output_proj(out)
+        return attend(
+            self, query, reference_points, input_flatten, spatial_shapes, level_start_index, padding_mask,
+            heads=self.n_heads, levels=self.n_levels, points=self.n_points,
+        )  # fmt: skip
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    reference_points: torch.Tensor,
+    input: torch.Tensor,
+    spatial_shapes: torch.Tensor | np.ndarray,
+    level_start_index: torch.Tensor | np.ndarray,
+    padding_mask: torch.Tensor | None,
+    *,
+    heads: int,
+    levels: int,
+    points: int,
+) -> torch.Tensor:
+    """What every library's module of this kind computes, with the four layers of `module`, named alike in all."""
+    shapes: torch.Tensor = as_tensor(spatial_shapes, like=query)
+    value = module.value_proj(input)
+    if padding_mask is not None:
+        value = value.masked_fill(padding_mask[..., None], 0)
+    places = (*query.shape[:2], heads, levels, points)
+    offsets = module.sampling_offsets(query).reshape(*places, 2)
+    logits = module.attention_weights(query).reshape(places)
+    reference = reference_points[:, :, None, :, None]
+    if reference_points.shape[-1] == 2:
+        locations = reference + offsets / shapes.flip(-1)[:, None]
+    elif reference_points.shape[-1] == 4:
+        locations = reference[..., :2] + offsets / points * reference[..., 2:] / 2
+    else:
+        raise ValueError(
+            f"{type(module).__name__}: reference_points must be (N, Q, n_levels, 2) or (N, Q, n_levels, 4), "
+            f"got {tuple(reference_points.shape)}"
+        )
+    out = ms_deform_attn(value.unflatten(-1, (heads, -1)), shapes, level_start_index, locations, logits, softmax=True)
+    return module.output_proj(out)

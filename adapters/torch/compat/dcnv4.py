@@ -1,0 +1,239 @@
+"""The package DCNv4: its convolution, and FlashDeformAttn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cudcn.ops.dcnv4 import dcnv4, dcnv4_backward as _dcnv4_backward
+from cudcn.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_backward
+
+from .. import nn
+from .deformable_detr import MSDeformAttnForward
+from .internimage import attributes, blended
+from .replacement import Replacement
+
+
+class DCNv4Function:
+    """To be called as the autograd function of this name: `DCNv4Function.apply(...)`."""
+
+    @staticmethod
+    def apply(
+        input: torch.Tensor,
+        offset_mask: torch.Tensor,
+        kernel_h: int,
+        kernel_w: int,
+        stride_h: int,
+        stride_w: int,
+        pad_h: int,
+        pad_w: int,
+        dilation_h: int,
+        dilation_w: int,
+        group: int,
+        group_channels: int,
+        offset_scale: float,
+        im2col_step: int,
+        remove_center: bool | int,
+    ) -> torch.Tensor:
+        """`cudcn.dcnv4`; `im2col_step` is not needed, and any batch will do."""
+        return dcnv4(
+            input, offset_mask,
+            kernel_size=(kernel_h, kernel_w), stride=(stride_h, stride_w), padding=(pad_h, pad_w),
+            dilation=(dilation_h, dilation_w), group=group, offset_scale=offset_scale,
+            remove_center=bool(remove_center),
+        )  # fmt: skip
+
+
+def dcnv4_forward(
+    input: torch.Tensor,
+    offset_mask: torch.Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    group_channels: int,
+    offset_scale: float,
+    im2col_step: int,
+    remove_center: bool | int,
+    d_stride: int,
+    block_thread: int,
+    softmax: bool,
+) -> torch.Tensor:
+    """The extension's; how it cuts up its work (`d_stride`, `block_thread`) is not needed."""
+    return dcnv4(
+        input, offset_mask,
+        kernel_size=(kernel_h, kernel_w), stride=(stride_h, stride_w), padding=(pad_h, pad_w),
+        dilation=(dilation_h, dilation_w), group=group, offset_scale=offset_scale, remove_center=bool(remove_center),
+        softmax=softmax,
+    )  # fmt: skip
+
+
+def dcnv4_backward(
+    input: torch.Tensor,
+    offset_mask: torch.Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    group_channels: int,
+    offset_scale: float,
+    im2col_step: int,
+    grad_output: torch.Tensor,
+    remove_center: bool | int,
+    d_stride: int,
+    block_thread: int,
+    softmax: bool,
+) -> list[torch.Tensor]:
+    """The gradients of input and offset_mask."""
+    grads = _dcnv4_backward(
+        grad_output, input, offset_mask,
+        kernel_size=(kernel_h, kernel_w), stride=(stride_h, stride_w), padding=(pad_h, pad_w),
+        dilation=(dilation_h, dilation_w), group=group, offset_scale=offset_scale, remove_center=bool(remove_center),
+        softmax=softmax,
+    )  # fmt: skip
+    return [*grads]
+
+
+class FlashDeformAttnFunction:
+    """To be called as the autograd function of this name: `FlashDeformAttnFunction.apply(...)`."""
+
+    @staticmethod
+    def apply(
+        value: torch.Tensor,
+        value_spatial_shapes: torch.Tensor,
+        value_level_start_index: torch.Tensor,
+        sampling_loc_attn: torch.Tensor,
+        im2col_step: int,
+        K: int = 8,
+    ) -> torch.Tensor:
+        """`cudcn.ms_deform_attn(..., softmax=True)`.
+
+        sampling_loc_attn: (N, Q, M, L * K * 3), first x and y of each of the K points of each level, then the logits.
+        """
+        levels, points = len(value_spatial_shapes), K
+        locations, logits = sampling_loc_attn.split((2 * levels * points, levels * points), -1)
+        return ms_deform_attn(
+            value, value_spatial_shapes, value_level_start_index,
+            locations.unflatten(-1, (levels, points, 2)), logits.unflatten(-1, (levels, points)), softmax=True,
+        )  # fmt: skip
+
+
+def flash_deform_attn_forward(
+    value: torch.Tensor,
+    spatial_shapes: torch.Tensor,
+    level_start_index: torch.Tensor,
+    sampling_loc_attn: torch.Tensor,
+    im2col_step: int,
+    K: int,
+    d_stride: int,
+    block_thread: int,
+) -> torch.Tensor:
+    """The extension's."""
+    return FlashDeformAttnFunction.apply(value, spatial_shapes, level_start_index, sampling_loc_attn, im2col_step, K)
+
+
+def flash_deform_attn_backward(
+    value: torch.Tensor,
+    spatial_shapes: torch.Tensor,
+    level_start_index: torch.Tensor,
+    sampling_loc_attn: torch.Tensor,
+    grad_output: torch.Tensor,
+    im2col_step: int,
+    K: int,
+    d_stride: int,
+    block_thread: int,
+) -> list[torch.Tensor]:
+    """The gradients of value and sampling_loc_attn."""
+    levels = len(spatial_shapes)
+    locations, logits = sampling_loc_attn.split((2 * levels * K, levels * K), -1)
+    grads = ms_deform_attn_backward(
+        grad_output, value, spatial_shapes, level_start_index,
+        locations.unflatten(-1, (levels, K, 2)), logits.unflatten(-1, (levels, K)), softmax=True,
+    )  # fmt: skip
+    return [grads.value, torch.cat([grads.sampling_locations.flatten(-3), grads.attention_weights.flatten(-2)], -1)]
+
+
+class DCNv4Forward(Replacement):
+    kind = "dcnv4.DCNv4"
+    names = ("DCNv4",)
+    needs = frozenset(
+        {"offset_mask", "channels", "kernel_size", "stride", "pad", "dilation", "group", "offset_scale",
+         "dw_kernel_size", "center_feature_scale", "remove_center", "without_pointwise"}
+    )  # fmt: skip
+    allows = frozenset(
+        {"offset_mask_dw", "value_proj", "output_proj", "K", "group_channels", "center_feature_scale_proj_weight",
+         "center_feature_scale_proj_bias", "center_feature_scale_module"}
+    )  # fmt: skip
+
+    def forward(self, input: torch.Tensor, shape: tuple[int, int] | None = None) -> torch.Tensor:
+        """(N, L, channels) to the same, where L = H * W pixels of an image of this shape, or of a square one."""
+        height, width = shape or [int(input.shape[1] ** 0.5)] * 2
+        features = input.unflatten(1, (height, width))
+        projected = features if self.without_pointwise else self.value_proj(features)
+        if self.dw_kernel_size is not None:
+            features = self.offset_mask_dw(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        out = dcnv4(projected, self.offset_mask(features), **attributes(self))
+        out = blended(self, out, projected, out).flatten(1, 2)
+        return out if self.without_pointwise else self.output_proj(out)
+
+
+class FlashDeformAttnForward(MSDeformAttnForward):
+    """The sampling places keep their precision, where the original rounds them to half."""
+
+    kind = "dcnv4.FlashDeformAttn"
+    names = ("FlashDeformAttn",)
+
+
+class DCNv4(DCNv4Forward, nn.DCNv4):
+    """The package's module, with its arguments and its forward of (N, L, channels)."""
+
+    def __init__(
+        self,
+        channels: int = 64,
+        kernel_size: int = 3,
+        stride: int = 1,
+        pad: int = 1,
+        dilation: int = 1,
+        group: int = 4,
+        offset_scale: float = 1.0,
+        dw_kernel_size: int | None = None,
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
+        output_bias: bool = True,
+        without_pointwise: bool = False,
+        **kwargs: Any,  # which the original does not look at either
+    ) -> None:
+        if stride != 1 or pad != dilation * (kernel_size // 2):
+            raise ValueError(
+                f"DCNv4: stride must be 1, and pad dilation * (kernel_size // 2), for the output to have the input's "
+                f"shape, got stride={stride}, pad={pad}, dilation={dilation}, kernel_size={kernel_size}"
+            )
+        super().__init__(
+            channels, kernel_size, stride, dilation, group, offset_scale, dw_kernel_size, center_feature_scale,
+            remove_center, output_bias, without_pointwise,
+        )  # fmt: skip
+        self.channels, self.kernel_size, self.stride, self.pad, self.dilation = (
+            channels, kernel_size, stride, pad, dilation
+        )  # fmt: skip
+        self.offset_scale, self.dw_kernel_size, self.center_feature_scale = (
+            offset_scale, dw_kernel_size, center_feature_scale
+        )  # fmt: skip
+        self.remove_center, self.without_pointwise = remove_center, without_pointwise
+
+
+class FlashDeformAttn(FlashDeformAttnForward, nn.MSDeformAttn):  # type: ignore[misc]  # the names of parameters differ
+    """The package's module."""
+
+
+REPLACEMENTS = (DCNv4Forward, FlashDeformAttnForward)

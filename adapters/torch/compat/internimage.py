@@ -1,0 +1,138 @@
+"""InternImage's DCNv3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cudcn.ops.dcnv3 import dcnv3, dcnv3_backward as _backward
+
+from .replacement import Replacement
+
+
+def dcnv3_core_pytorch(
+    input: torch.Tensor,
+    offset: torch.Tensor,
+    mask: torch.Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    group_channels: int,
+    offset_scale: float,
+    remove_center: bool | int = False,
+) -> torch.Tensor:
+    """`cudcn.dcnv3` with InternImage's arguments."""
+    return dcnv3(
+        input, offset, mask,
+        kernel_size=(kernel_h, kernel_w), stride=(stride_h, stride_w), padding=(pad_h, pad_w),
+        dilation=(dilation_h, dilation_w), group=group, offset_scale=offset_scale, remove_center=bool(remove_center),
+    )  # fmt: skip
+
+
+class DCNv3Function:
+    """To be called as the autograd function of this name: `DCNv3Function.apply(...)`."""
+
+    @staticmethod
+    def apply(*arguments: Any) -> torch.Tensor:
+        """`dcnv3_core_pytorch` with an `im2col_step`, which is not needed, after offset_scale."""
+        return dcnv3_forward(*arguments)
+
+
+def dcnv3_forward(
+    input: torch.Tensor,
+    offset: torch.Tensor,
+    mask: torch.Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    group_channels: int,
+    offset_scale: float,
+    im2col_step: int,
+    remove_center: bool | int = False,
+) -> torch.Tensor:
+    """The first function of the extension module `DCNv3`."""
+    return dcnv3_core_pytorch(
+        input, offset, mask, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group,
+        group_channels, offset_scale, remove_center,
+    )  # fmt: skip
+
+
+def dcnv3_backward(
+    input: torch.Tensor,
+    offset: torch.Tensor,
+    mask: torch.Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    group_channels: int,
+    offset_scale: float,
+    grad_output: torch.Tensor,
+    im2col_step: int,
+    remove_center: bool | int = False,
+) -> list[torch.Tensor]:
+    """The other one: the gradients of input, offset and mask."""
+    grads = _backward(
+        grad_output, input, offset, mask,
+        kernel_size=(kernel_h, kernel_w), stride=(stride_h, stride_w), padding=(pad_h, pad_w),
+        dilation=(dilation_h, dilation_w), group=group, offset_scale=offset_scale, remove_center=bool(remove_center),
+    )  # fmt: skip
+    return [*grads]
+
+
+class DCNv3Forward(Replacement):
+    kind = "internimage.DCNv3"
+    names = ("DCNv3", "DCNv3_pytorch")
+    needs = frozenset(
+        {"dw_conv", "offset", "mask", "input_proj", "output_proj", "channels", "kernel_size", "stride", "pad",
+         "dilation", "group", "offset_scale", "center_feature_scale", "remove_center"}
+    )  # fmt: skip
+    allows = frozenset(
+        {"dw_kernel_size", "group_channels", "center_feature_scale_proj_weight", "center_feature_scale_proj_bias",
+         "center_feature_scale_module"}
+    )  # fmt: skip
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        projected = self.input_proj(input)
+        features = self.dw_conv(input.permute(0, 3, 1, 2))
+        out = dcnv3(projected, self.offset(features), self.mask(features), softmax=True, **attributes(self))
+        return self.output_proj(blended(self, out, projected, features))
+
+
+def attributes(module: Any) -> dict[str, Any]:
+    """Those of the operator, which DCNv3's and DCNv4's modules keep by the same names."""
+    return {
+        "kernel_size": module.kernel_size, "stride": module.stride, "padding": module.pad, "dilation": module.dilation,
+        "group": module.group, "offset_scale": module.offset_scale, "remove_center": bool(module.remove_center),
+    }  # fmt: skip
+
+
+def blended(module: Any, out: torch.Tensor, projected: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """With center_feature_scale: a share of what went in, predicted for each group."""
+    if not module.center_feature_scale:
+        return out
+    weight, bias = module.center_feature_scale_proj_weight, module.center_feature_scale_proj_bias
+    share = torch.nn.functional.linear(features, weight, bias).sigmoid()
+    share = share.repeat_interleave(module.channels // module.group, -1)
+    return out * (1 - share) + projected * share
+
+
+REPLACEMENTS = (DCNv3Forward,)

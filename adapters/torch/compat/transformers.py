@@ -1,0 +1,158 @@
+"""Hugging Face transformers: the attention of Deformable DETR and of those that followed it.
+
+`patch` knows, in any model, the class `MultiScaleDeformableAttention` (Deformable DETR, Grounding DINO, OmDet-Turbo,
+RT-DETR, LW-DETR, RF-DETR, PP-DocLayout), and the modules that call `multi_scale_deformable_attention` (Mask2Former,
+OneFormer) or `multi_scale_deformable_attention_v2` (RT-DETRv2, D-FINE, DEIMv2).
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from cudcn.ops.ms_deform_attn import ms_deform_attn
+
+from .replacement import Replacement, parameters
+
+
+def multi_scale_deformable_attention(
+    value: torch.Tensor,
+    value_spatial_shapes: torch.Tensor | Sequence[tuple[int, int]],
+    sampling_locations: torch.Tensor,
+    attention_weights: torch.Tensor,
+) -> torch.Tensor:
+    """`cudcn.ms_deform_attn` with the levels one after the other, given by their shapes alone."""
+    shapes, starts = _levels(value_spatial_shapes, value)
+    return ms_deform_attn(value, shapes, starts, sampling_locations, attention_weights)
+
+
+def multi_scale_deformable_attention_v2(
+    value: torch.Tensor,
+    value_spatial_shapes: torch.Tensor | Sequence[tuple[int, int]],
+    sampling_locations: torch.Tensor,
+    attention_weights: torch.Tensor,
+    num_points_list: Sequence[int],
+    method: str = "default",
+) -> torch.Tensor:
+    """RT-DETRv2's attention: `num_points_list` says how many of a query's points lie in each level.
+
+    sampling_locations are (N, Q, M, P, 2) and attention_weights (N, Q, M, P), for all P points of all levels in turn.
+    It costs one call of `cudcn.ms_deform_attn`, and one pass over the value's gradient, for each number of points
+    that occurs, and a copy of the locations and weights.
+
+    With `method="discrete"` a point (x, y) reads pixel floor(x * W + 0.5), floor(y * H + 0.5), clamped into the
+    level, and has no gradient; here this is a bilinear sample at the pixel's centre, so exact but for its rounding.
+    """
+    shapes, starts = _levels(value_spatial_shapes, value)
+    if method == "discrete":
+        sampling_locations = _pixel_centres(sampling_locations, shapes, num_points_list)
+    elif method != "default":
+        raise ValueError(f'multi_scale_deformable_attention_v2: method must be "default" or "discrete", got {method!r}')
+    locations = sampling_locations.split(list(num_points_list), -2)
+    weights = attention_weights.split(list(num_points_list), -1)
+    parts = []
+    for count in sorted(set(num_points_list)):
+        levels = [level for level, points in enumerate(num_points_list) if points == count]
+        parts.append(
+            ms_deform_attn(
+                value, shapes[levels], starts[levels],
+                torch.stack([locations[level] for level in levels], -3),
+                torch.stack([weights[level] for level in levels], -2),
+            )
+        )  # fmt: skip
+    return functools.reduce(torch.add, parts)
+
+
+def _levels(spatial_shapes: Any, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    shapes = torch.as_tensor(spatial_shapes, device=value.device)
+    areas = shapes.prod(1)
+    return shapes, areas.cumsum(0) - areas
+
+
+def _pixel_centres(locations: torch.Tensor, shapes: torch.Tensor, num_points_list: Sequence[int]) -> torch.Tensor:
+    repeats = torch.as_tensor(num_points_list, device=shapes.device)
+    sizes = shapes.flip(-1).repeat_interleave(repeats, 0, output_size=sum(num_points_list))  # (W, H) of each point
+    pixels = (locations * sizes + 0.5).long().clamp(min=0).minimum(sizes - 1)
+    # half types would miss the centre
+    return (pixels.to(torch.promote_types(locations.dtype, torch.float32)) + 0.5) / sizes
+
+
+class MultiScaleDeformableAttentionForward(Replacement):
+    kind = "transformers.MultiScaleDeformableAttention"
+    names = ("MultiScaleDeformableAttention",)
+
+    def forward(
+        self,
+        value: torch.Tensor,
+        value_spatial_shapes: torch.Tensor,
+        value_spatial_shapes_list: list[tuple[int, int]],
+        level_start_index: torch.Tensor,
+        sampling_locations: torch.Tensor,
+        attention_weights: torch.Tensor,
+        im2col_step: int,
+    ) -> torch.Tensor:
+        return ms_deform_attn(value, value_spatial_shapes, level_start_index, sampling_locations, attention_weights)
+
+
+class _OtherCore(Replacement):
+    """The module's own forward, with `core` in the place of the library's function of that name."""
+
+    core: ClassVar[Callable[..., torch.Tensor]]
+
+    @classmethod
+    def theirs(cls, module: torch.nn.Module) -> Any:
+        """The function that the module's forward calls; None if it calls none of the name."""
+        forward = type(module).forward
+        called = isinstance(forward, types.FunctionType) and cls.core.__name__ in forward.__code__.co_names
+        return forward.__globals__.get(cls.core.__name__) if called else None
+
+    @classmethod
+    def claims(cls, module: torch.nn.Module) -> bool:
+        return cls.theirs(module) is not None
+
+    @classmethod
+    def misfit(cls, module: torch.nn.Module) -> str | None:
+        theirs, ours = parameters(cls.theirs(module)), parameters(cls.core)
+        name = cls.core.__name__
+        return None if theirs == ours else f"its {name} takes ({', '.join(theirs)}), and not ({', '.join(ours)})"
+
+    @classmethod
+    def members(cls, original: type[torch.nn.Module]) -> dict[str, Any]:
+        theirs: Any = original.forward
+        # without its name, as torch.compile would else look the function up in the library's module
+        scope = {**theirs.__globals__, cls.core.__name__: cls.core}
+        del scope["__name__"]
+        forward = types.FunctionType(theirs.__code__, scope, "forward", theirs.__defaults__, theirs.__closure__)
+        forward.__kwdefaults__ = theirs.__kwdefaults__
+        return {"forward": forward}
+
+
+class CallsCore(_OtherCore):
+    kind = "transformers.multi_scale_deformable_attention"
+    core = staticmethod(multi_scale_deformable_attention)
+
+
+class CallsCoreV2(_OtherCore):
+    kind = "transformers.multi_scale_deformable_attention_v2"
+    core = staticmethod(multi_scale_deformable_attention_v2)
+
+
+class HoldsCoreV2(CallsCoreV2):
+    """D-FINE and DEIMv2 keep the function as an attribute."""
+
+    @classmethod
+    def theirs(cls, module: torch.nn.Module) -> Any:
+        held = getattr(module, "ms_deformable_attn_core", None)
+        return held if getattr(held, "__name__", None) == cls.core.__name__ else None
+
+    @classmethod
+    def members(cls, original: type[torch.nn.Module]) -> dict[str, Any]:
+        # a property comes before what the instance holds, and leaves it there
+        return {"ms_deformable_attn_core": property(lambda self: cls.core)}
+
+
+REPLACEMENTS = (MultiScaleDeformableAttentionForward, CallsCore, CallsCoreV2, HoldsCoreV2)
