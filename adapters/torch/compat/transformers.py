@@ -25,7 +25,10 @@ def multi_scale_deformable_attention(
     sampling_locations: torch.Tensor,
     attention_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """`cudcn.ms_deform_attn` with the levels one after the other, given by their shapes alone."""
+    """`cudcn.ms_deform_attn` with the levels one after the other, given by their shapes alone.
+
+    On CUDA a list of shapes costs a copy to the device in each call; a tensor that is there costs none.
+    """
     shapes, starts = _levels(value_spatial_shapes, value)
     return ms_deform_attn(value, shapes, starts, sampling_locations, attention_weights)
 
@@ -123,9 +126,7 @@ class _OtherCore(Replacement):
     @classmethod
     def members(cls, original: type[torch.nn.Module]) -> dict[str, Any]:
         theirs: Any = original.forward
-        # without its name, as torch.compile would else look the function up in the library's module
         scope = {**theirs.__globals__, cls.core.__name__: cls.core}
-        del scope["__name__"]
         forward = types.FunctionType(theirs.__code__, scope, "forward", theirs.__defaults__, theirs.__closure__)
         forward.__kwdefaults__ = theirs.__kwdefaults__
         return {"forward": forward}
