@@ -75,7 +75,7 @@ def test_convolutions_load_16_bytes(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [dtype.ctype for dtype in DTYPES.values()])
-@pytest.mark.parametrize("name", ["aggregate_forward", "aggregate_backward"])
+@pytest.mark.parametrize("name", ["aggregate_forward", "aggregate_backward_places", "aggregate_backward_input"])
 def test_aggregates_load_16_bytes(name: str, dtype: str) -> None:
     """Where the channels allow it."""
     assert any(budget.wide_loads for budget in budgets_of(name, dtype))

@@ -110,14 +110,16 @@ def test_the_estimate_of_a_call(model: ModuleType) -> None:
     dcnv3 = next(type(case) for case in model.CASES if case.operator == "dcnv3")
     case = dcnv3(2, 24, 24, 64, 2)
     (forward,) = model.estimate(case, "float16", "forward")
-    queries, threads = 2 * 24 * 24, 128
-    assert forward.blocks == queries * 2 * 4 / threads  # 4 lanes a query and group
+    queries, rows, warps = 2 * 24 * 24, 16, 4  # 16 rows of 9 samples are what a warp holds
+    assert forward.blocks == queries * 2 / (rows * warps)
     assert 0 < forward.instructions <= forward.most
     assert forward.tensor == forward.reductions == 0
     assert forward.memory == pytest.approx(case.bytes("forward", 2))
     backward = model.estimate(case, "float16", "backward")
-    assert sum(part.reductions for part in backward) > queries * 64 * 4  # every sample's gradient, in float32
-    assert "(CuPy's copy)" in [part.name for part in backward]  # of the sums, to half
+    names = [part.name for part in backward]
+    for kernel in ("backward_places<__half", "count<__half", "records<__half", "backward_input<__half"):
+        assert any(name.startswith(f"aggregate_{kernel}") for name in names)
+    assert "(CuPy's copy)" in names  # zeros to count in
     assert sum(part.microseconds for part in backward) > forward.microseconds > 0
 
 

@@ -1,5 +1,5 @@
 // The sort of samples whose cells are given: for test_sort.py.
-#include "../../kernels_cu/sort.cuh"
+#include "../../../kernels_cu/sort.cuh"
 
 struct Given {
   const int *given;
