@@ -79,14 +79,19 @@ def _nvrtc() -> ModuleType:
     return nvrtc
 
 
-def _cuda_headers() -> Path:
-    """The include folder with cuda_fp16.h: of the nvidia-cuda-runtime wheel, or of an installed CUDA."""
+def cuda_folders(name: str) -> list[Path]:
+    """Those of a name, such as "bin", of NVIDIA's wheels and of an installed CUDA."""
     wheels = importlib.util.find_spec("nvidia")
     roots = wheels.submodule_search_locations if wheels else None
-    folders = [folder for root in roots or () for folder in Path(root).glob("*/include")]
+    folders = [folder for root in roots or () for folder in Path(root).glob(f"*/{name}")]
     if "CUDA_PATH" in os.environ:
-        folders.append(Path(os.environ["CUDA_PATH"]) / "include")
-    for folder in folders:
+        folders.append(Path(os.environ["CUDA_PATH"]) / name)
+    return folders
+
+
+def _cuda_headers() -> Path:
+    """The include folder with cuda_fp16.h: of the nvidia-cuda-runtime wheel, or of an installed CUDA."""
+    for folder in cuda_folders("include"):
         if (folder / "cuda_fp16.h").exists():
             return folder
     raise RuntimeError("cuda_fp16.h was not found: install nvidia-cuda-runtime, or set CUDA_PATH")

@@ -6,7 +6,6 @@ That is in the wheel nvidia-cuda-nvdisasm, and in an installed CUDA.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
 import shutil
@@ -15,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from .nvrtc import cuda_folders
 
 
 class Instruction(NamedTuple):
@@ -42,12 +43,8 @@ class Code(NamedTuple):
 @functools.cache
 def nvdisasm() -> Path | None:
     """The program, if it is installed."""
-    wheels = importlib.util.find_spec("nvidia")
-    roots = wheels.submodule_search_locations if wheels else None
-    folders = [folder for root in roots or () for folder in Path(root).glob("*/bin")]
-    if "CUDA_PATH" in os.environ:
-        folders.append(Path(os.environ["CUDA_PATH"]) / "bin")
-    found = shutil.which("nvdisasm", path=os.pathsep.join(map(str, folders))) or shutil.which("nvdisasm")
+    folders = os.pathsep.join(map(str, cuda_folders("bin")))
+    found = shutil.which("nvdisasm", path=folders) or shutil.which("nvdisasm")
     return Path(found) if found else None
 
 

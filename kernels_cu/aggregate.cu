@@ -77,10 +77,7 @@ aggregate_forward(const T *__restrict__ value, const O *__restrict__ places, con
     Sum<A> sums[V];
     for (int begin = 0; begin < (SIMPLE ? 1 : p.samples); begin += SIMPLE ? 1 : p.held) {
       const int count = SIMPLE ? p.held : min(p.held, p.samples - begin);
-      __syncthreads();
-#pragma unroll 1
-      for (int k = int(threadIdx.x); k < count; k += THREADS) table[k] = source.shared(begin + k, shapes, starts);
-      __syncthreads();
+      fill(table, source, begin, count, shapes, starts);
 #pragma unroll 1
       for (int i = warp.lane; i < p.rows * p.held; i += 32) {
         const Held held(p, i);

@@ -171,27 +171,48 @@ __device__ __forceinline__ Row<T, O> row_of(const Aggregate &p, const Source &so
           query * stride + warp.group * p.channels, source.row_y(int(y)), source.row_x(int(x)), {}, {}};
 }
 
-// The softmax's largest logit and its sum, of each of a warp's rows by the row's lanes.
+// A softmax's largest logit, and the sum of the exponentials of their distances to it.
+template <typename A> struct alignas(2 * sizeof(A)) Softmax {
+  A peak, total;
+
+  // By `lanes` neighbouring threads of a warp, a power of two, of which this is number `lane`.
+  template <typename O>
+  static __device__ __forceinline__ Softmax of(const O *logits, int samples, int lane, int lanes) {
+    A peak = A(logits[0]);
+    for (int s = lane; s < samples; s += lanes) peak = max(peak, A(logits[s]));
+    for (int distance = lanes / 2; distance > 0; distance /= 2) peak = max(peak, shuffled(peak, distance));
+    Sum<A> sum;
+    for (int s = lane; s < samples; s += lanes) sum.add(exp(A(logits[s]) - peak));
+    A total = sum.value();
+    for (int distance = lanes / 2; distance > 0; distance /= 2) total += shuffled(total, distance);
+    return {peak, total};
+  }
+};
+
+// The softmax of each of a warp's rows, by the row's lanes.
 template <typename T, typename O>
 __device__ __forceinline__ void normalise(const Aggregate &p, const Warp &warp, Row<T, O> *rows) {
   using A = arithmetic_t<T>;
   for (int r = warp.slot; r < p.rows; r += p.slots) {
-    const O *logits = rows[r].weights;
-    A peak = A(logits[0]);
-    for (int s = warp.part; s < p.samples; s += p.lanes) peak = max(peak, A(logits[s]));
-    for (int distance = p.lanes / 2; distance > 0; distance /= 2) peak = max(peak, shuffled(peak, distance));
-    Sum<A> sum;
-    for (int s = warp.part; s < p.samples; s += p.lanes) sum.add(exp(A(logits[s]) - peak));
-    A total = sum.value();
-    for (int distance = p.lanes / 2; distance > 0; distance /= 2) total += shuffled(total, distance);
+    const auto softmax = Softmax<A>::of(rows[r].weights, p.samples, warp.part, p.lanes);
     if (warp.part == 0) {
-      rows[r].peak = peak;
-      rows[r].scale = A(1) / total;
+      rows[r].peak = softmax.peak;
+      rows[r].scale = A(1) / softmax.total;
     }
   }
 }
 
 // ---- samples
+
+// What all rows have in common of `count` samples from number `begin` on, by the block's threads.
+template <typename Source>
+__device__ __forceinline__ void fill(typename Source::Shared *table, const Source &source, int begin, int count,
+                                     const long long *shapes, const long long *starts) {
+  __syncthreads();  // the last ones are done with
+#pragma unroll 1
+  for (int k = int(threadIdx.x); k < count; k += THREADS) table[k] = source.shared(begin + k, shapes, starts);
+  __syncthreads();
+}
 
 // The i-th of a warp's samples that are held: the k-th of those of row r.
 struct Held {

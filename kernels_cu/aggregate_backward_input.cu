@@ -20,30 +20,18 @@ struct Pairs {
   int first, count, levels, cells, samples;
 };
 
-// A softmax's largest logit, and the sum of the exponentials of their distances to it.
-template <typename A> struct alignas(2 * sizeof(A)) Softmax {
-  A peak, total;
-};
-
 // The softmax of every query of the pairs. Threads (lanes, rows), a row a query; lanes are a power of two up to 32.
 template <typename T, typename O>
 __global__ void __launch_bounds__(THREADS, 4)
 aggregate_softmax(const O *__restrict__ weights, Softmax<arithmetic_t<T>> *__restrict__ softmax, Aggregate p,
                   Pairs pairs) {
-  using A = arithmetic_t<T>;
   const int queries = p.height * p.width, lanes = int(blockDim.x), lane = int(threadIdx.x);
   const unsigned rows = unsigned(pairs.count) * queries, row = blockIdx.x * blockDim.y + threadIdx.y;
   const int inside = int(min(row, rows - 1) / queries), query = int(min(row, rows - 1)) - inside * queries;
   const int pair = pairs.first + inside, image = pair / p.groups, group = pair - image * p.groups;
   weights += ((long long)image * queries + query) * p.weights_query + group * p.weights_group + p.weights_first;
-  A peak = A(weights[0]);
-  for (int s = lane; s < p.samples; s += lanes) peak = max(peak, A(weights[s]));
-  for (int distance = lanes / 2; distance > 0; distance /= 2) peak = max(peak, __shfl_xor_sync(ALL, peak, distance));
-  Sum<A> sum;
-  for (int s = lane; s < p.samples; s += lanes) sum.add(exp(A(weights[s]) - peak));
-  A total = sum.value();
-  for (int distance = lanes / 2; distance > 0; distance /= 2) total += __shfl_xor_sync(ALL, total, distance);
-  if (row < rows && lane == 0) softmax[row] = {peak, total};
+  const auto found = Softmax<arithmetic_t<T>>::of(weights, p.samples, lane, lanes);
+  if (row < rows && lane == 0) softmax[row] = found;
 }
 
 // The samples of the pairs, for the sort: numbered by pair, level, query and point.

@@ -97,10 +97,7 @@ aggregate_backward_places(const T *__restrict__ grad_output, const T *__restrict
   for (int round = means && chunks ? 0 : 1; round < 2; ++round) {
     for (int begin = 0; begin < p.samples; begin += p.held) {
       const int count = min(p.held, p.samples - begin);
-      __syncthreads();
-#pragma unroll 1
-      for (int k = int(threadIdx.x); k < count; k += THREADS) table[k] = source.shared(begin + k, shapes, starts);
-      __syncthreads();
+      fill(table, source, begin, count, shapes, starts);
 #pragma unroll 1
       for (int i = warp.lane; i < p.rows * p.held; i += 32) {
         const Held held(p, i);

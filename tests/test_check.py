@@ -124,3 +124,12 @@ def test_canonical_values_are_plain(op: Op, name: str, value: Any, want: Any) ->
 def test_a_choice_is_the_allowed_string_itself() -> None:
     allowed = ("NCHW", "NHWC")
     assert check.choice("op", "layout", np.str_("NHWC"), allowed) is allowed[1]
+
+
+def test_an_error_shows_a_value_that_has_no_repr() -> None:
+    class Mute(int):
+        def __repr__(self) -> str:
+            raise RuntimeError("no words")
+
+    assert refused(dcnv3.OP, "group", Mute(-1)).endswith("got <Mute that cannot be shown>")
+    assert refused(dcnv3.OP, "group", 10**5000).endswith("got <int that cannot be shown>")

@@ -55,15 +55,13 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def run(op: Op, tensors: Sequence[Any], attributes: dict[str, Any]) -> Any:
     """The operator on tensors and attributes that `Op` has checked."""
-    tensors = dispatch.constants(op.name, op.tensors, tensors)
-    _check_integers(op.name, op.tensors, tensors)
+    tensors = _constants(op.name, op.tensors, tensors)
     return _run(op, tuple(attributes.items()), *tensors)
 
 
 def run_backward(op: Op, tensors: Sequence[Any], attributes: dict[str, Any]) -> Sequence[Any]:
     """A gradient, or None, for each of the tensors after the first, which is `grad_output`."""
-    tensors = dispatch.constants(f"{op.name}_backward", op.backward_tensors, tensors)
-    _check_integers(f"{op.name}_backward", op.backward_tensors, tensors)
+    tensors = _constants(f"{op.name}_backward", op.backward_tensors, tensors)
     return _run_backward(op, tuple(attributes.items()), *tensors)
 
 
@@ -80,19 +78,21 @@ def _taking_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _from_numpy(value: Any) -> Any:
-    """Arrays of integers remain NumPy's, for `_check_integers` to see."""
+    """Arrays of integers remain NumPy's, for `_constants` to see."""
     plain = type(value) in (np.ndarray, np.memmap)
     return jnp.asarray(value) if plain and str(value.dtype) in DTYPES else value
 
 
-def _check_integers(op: str, names: Iterable[str], tensors: Sequence[Any]) -> None:
-    """ValueError if one is too large for JAX, which cuts NumPy's to 32 bits unless jax_enable_x64 is set."""
+def _constants(op: str, names: Iterable[str], tensors: Sequence[Any]) -> list[Any]:
+    """As JAX takes them; ValueError for too large integers: it cuts NumPy's to 32 bits unless jax_enable_x64 is set."""
+    tensors = dispatch.constants(op, names, tensors)
     for name, tensor in zip(names, tensors, strict=True):
         if isinstance(tensor, np.ndarray) and tensor.dtype.kind in "iu":
             dtype = jax.dtypes.canonicalize_dtype(tensor.dtype)
             cut = tensor != tensor.astype(dtype)
             if cut.any():
                 raise ValueError(f"{op}: without jax_enable_x64 {name} must fit {dtype}, got {tensor[cut][0]}")
+    return tensors
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -22,7 +22,7 @@ from .sort import Segments
 _THREADS = sources.constant("pooling", "THREADS")
 _BINS = sources.constant("pooling", "BINS")
 _SLAB = sources.constant("pooling.cuh", "SLAB_BYTES")
-_LANES = 8  # threads that share a bin's channels, where neighbouring ones are on neighbouring bins
+_LANES = 8  # threads that share a bin's channels at most, where neighbouring ones are on neighbouring bins
 _TILE = sources.constant("pooling_backward_input", "TILE")
 _SLICES = sources.constant("pooling_backward_input", "SLICES")
 _POOLING = sources.Struct("pooling.cuh", "Pooling")
@@ -51,13 +51,7 @@ def kernels() -> list[Kernel]:
 def forward(g: RoIPooling, out: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None) -> None:
     with launch.device(out) as device:
         positions = _positions(device, input, rois, offset, mask)
-        channels_last, vector = _channels_last(g, input), _vector(g, input)
-        # a slab before another thread joins in; but of channels that are read one by one, neighbours share a cache line
-        alone = 1 if channels_last and vector == 1 else _slab(input)
-        _launch(
-            device, g, "pool", input, channels_last, _LANES, input, strides(input), *positions, out, strides(out),
-            vector=vector, alone=alone,
-        )  # fmt: skip
+        _launch(device, g, "pool", input, input, strides(input), *positions, out, strides(out))
 
 
 def backward(
@@ -74,10 +68,9 @@ def backward(
             bins = (g.rois, 2 * g.classes, *g.output_size)
             offset_sums = None if grad_offset is None else _sums(device, input, grad_offset, bins)
             mask_sums = None if grad_mask is None else _sums(device, input, grad_mask, grad_mask.shape)
-            channels_last, vector = _channels_last(g, input), _vector(g, input)
             _launch(
-                device, g, "pool_backward_offset", input, channels_last, _LANES,
-                *gradient, input, strides(input), *positions, offset_sums, mask_sums, vector=vector, alone=vector,
+                device, g, "pool_backward_offset", input,
+                *gradient, input, strides(input), *positions, offset_sums, mask_sums,
             )  # fmt: skip
             if grad_offset is not offset_sums:
                 grad_offset[...] = _by_part(device, g, offset_sums)
@@ -140,11 +133,6 @@ def _vector(g: RoIPooling, input: Any) -> int:
     return vector if aligned and all(stride % 16 == 0 for stride in input.strides[::2] + input.strides[3:]) else 1
 
 
-def _slab(input: Any) -> int:
-    """How many channels of a bin a thread sums at a time."""
-    return _SLAB // np.dtype(arithmetic(input)).itemsize
-
-
 def _sums(device: Any, input: Any, grad: Any, shape: tuple[int, ...]) -> Any:
     """`grad` itself, if the kernel can write to it."""
     dtype = arithmetic(input)
@@ -166,17 +154,16 @@ def _by_part(device: Any, g: RoIPooling, bins: Any) -> Any:
     return parts
 
 
-def _launch(
-    device: Any, g: RoIPooling, name: str, input: Any, channels_last: bool, lanes: int, *args: Any,
-    vector: int, alone: int,
-) -> None:  # fmt: skip
-    """`lanes`: how many threads at most take turns at a bin's channels if they are planar.
-
-    `vector`: how many channels they read at once. `alone`: how many a bin may have before another thread joins in.
-    """
-    channels = g.out_channels // g.classes
-    slab = channels if name == "pool_backward_offset" else _slab(input)
-    lanes = min(32 if channels_last else lanes, 1 << (ceil_div(channels, alone) - 1).bit_length())
+def _launch(device: Any, g: RoIPooling, name: str, input: Any, *args: Any) -> None:
+    channels, channels_last, vector = g.out_channels // g.classes, _channels_last(g, input), _vector(g, input)
+    # `slab`: how many channels of a bin a thread sums in all; `alone`: how many before another thread joins in
+    if name == "pool":
+        slab = _SLAB // np.dtype(arithmetic(input)).itemsize
+        # of channels that are read one by one, neighbours share a cache line
+        alone = 1 if channels_last and vector == 1 else slab
+    else:
+        slab, alone = channels, vector
+    lanes = min(32 if channels_last else _LANES, 1 << (ceil_div(channels, alone) - 1).bit_length())
     bins = min(_THREADS // lanes, _BINS)
     slabs = ceil_div(channels, lanes * slab)
     tiles = ceil_div(g.rois * math.prod(g.output_size), bins)

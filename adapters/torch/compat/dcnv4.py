@@ -11,7 +11,7 @@ from cudcn.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_backward
 
 from .. import nn
 from .deformable_detr import MSDeformAttnForward
-from .internimage import attributes, blended
+from .internimage import attributes, blended, window
 from .replacement import Replacement
 
 
@@ -39,9 +39,10 @@ class DCNv4Function:
         """`cudcn.dcnv4`; `im2col_step` is not needed, and any batch will do."""
         return dcnv4(
             input, offset_mask,
-            kernel_size=(kernel_h, kernel_w), stride=(stride_h, stride_w), padding=(pad_h, pad_w),
-            dilation=(dilation_h, dilation_w), group=group, offset_scale=offset_scale,
-            remove_center=bool(remove_center),
+            **window(
+                kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, offset_scale,
+                remove_center,
+            ),
         )  # fmt: skip
 
 
@@ -68,8 +69,10 @@ def dcnv4_forward(
     """The extension's; how it cuts up its work (`d_stride`, `block_thread`) is not needed."""
     return dcnv4(
         input, offset_mask,
-        kernel_size=(kernel_h, kernel_w), stride=(stride_h, stride_w), padding=(pad_h, pad_w),
-        dilation=(dilation_h, dilation_w), group=group, offset_scale=offset_scale, remove_center=bool(remove_center),
+        **window(
+            kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, offset_scale,
+            remove_center,
+        ),
         softmax=softmax,
     )  # fmt: skip
 
@@ -98,8 +101,10 @@ def dcnv4_backward(
     """The gradients of input and offset_mask."""
     grads = _dcnv4_backward(
         grad_output, input, offset_mask,
-        kernel_size=(kernel_h, kernel_w), stride=(stride_h, stride_w), padding=(pad_h, pad_w),
-        dilation=(dilation_h, dilation_w), group=group, offset_scale=offset_scale, remove_center=bool(remove_center),
+        **window(
+            kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, offset_scale,
+            remove_center,
+        ),
         softmax=softmax,
     )  # fmt: skip
     return [*grads]
@@ -117,16 +122,15 @@ class FlashDeformAttnFunction:
         im2col_step: int,
         K: int = 8,
     ) -> torch.Tensor:
-        """`cudcn.ms_deform_attn(..., softmax=True)`.
+        """`cudcn.ms_deform_attn(..., softmax=True)`; sampling_loc_attn: (N, Q, M, L * K * 3)."""
+        places = _unpacked(sampling_loc_attn, len(value_spatial_shapes), K)
+        return ms_deform_attn(value, value_spatial_shapes, value_level_start_index, *places, softmax=True)
 
-        sampling_loc_attn: (N, Q, M, L * K * 3), first x and y of each of the K points of each level, then the logits.
-        """
-        levels, points = len(value_spatial_shapes), K
-        locations, logits = sampling_loc_attn.split((2 * levels * points, levels * points), -1)
-        return ms_deform_attn(
-            value, value_spatial_shapes, value_level_start_index,
-            locations.unflatten(-1, (levels, points, 2)), logits.unflatten(-1, (levels, points)), softmax=True,
-        )  # fmt: skip
+
+def _unpacked(sampling_loc_attn: torch.Tensor, levels: int, points: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First x and y of each of the points of each level, then the logits."""
+    locations, logits = sampling_loc_attn.split((2 * levels * points, levels * points), -1)
+    return locations.unflatten(-1, (levels, points, 2)), logits.unflatten(-1, (levels, points))
 
 
 def flash_deform_attn_forward(
@@ -155,12 +159,8 @@ def flash_deform_attn_backward(
     block_thread: int,
 ) -> list[torch.Tensor]:
     """The gradients of value and sampling_loc_attn."""
-    levels = len(spatial_shapes)
-    locations, logits = sampling_loc_attn.split((2 * levels * K, levels * K), -1)
-    grads = ms_deform_attn_backward(
-        grad_output, value, spatial_shapes, level_start_index,
-        locations.unflatten(-1, (levels, K, 2)), logits.unflatten(-1, (levels, K)), softmax=True,
-    )  # fmt: skip
+    places = _unpacked(sampling_loc_attn, len(spatial_shapes), K)
+    grads = ms_deform_attn_backward(grad_output, value, spatial_shapes, level_start_index, *places, softmax=True)
     return [grads.value, torch.cat([grads.sampling_locations.flatten(-3), grads.attention_weights.flatten(-2)], -1)]
 
 

@@ -8,7 +8,29 @@ import torch
 
 from cudcn.ops.dcnv3 import dcnv3, dcnv3_backward as _backward
 
+from ..nn.dcn import blend
 from .replacement import Replacement
+
+
+def window(
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    offset_scale: float,
+    remove_center: bool | int,
+) -> dict[str, Any]:
+    """The attributes of dcnv3 and dcnv4 from the numbers that both libraries pass one by one."""
+    return {
+        "kernel_size": (kernel_h, kernel_w), "stride": (stride_h, stride_w), "padding": (pad_h, pad_w),
+        "dilation": (dilation_h, dilation_w), "group": group, "offset_scale": offset_scale,
+        "remove_center": bool(remove_center),
+    }  # fmt: skip
 
 
 def dcnv3_core_pytorch(
@@ -31,8 +53,10 @@ def dcnv3_core_pytorch(
     """`cudcn.dcnv3` with InternImage's arguments."""
     return dcnv3(
         input, offset, mask,
-        kernel_size=(kernel_h, kernel_w), stride=(stride_h, stride_w), padding=(pad_h, pad_w),
-        dilation=(dilation_h, dilation_w), group=group, offset_scale=offset_scale, remove_center=bool(remove_center),
+        **window(
+            kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, offset_scale,
+            remove_center,
+        ),
     )  # fmt: skip
 
 
@@ -92,8 +116,10 @@ def dcnv3_backward(
     """The other one: the gradients of input, offset and mask."""
     grads = _backward(
         grad_output, input, offset, mask,
-        kernel_size=(kernel_h, kernel_w), stride=(stride_h, stride_w), padding=(pad_h, pad_w),
-        dilation=(dilation_h, dilation_w), group=group, offset_scale=offset_scale, remove_center=bool(remove_center),
+        **window(
+            kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, offset_scale,
+            remove_center,
+        ),
     )  # fmt: skip
     return [*grads]
 
@@ -126,13 +152,11 @@ def attributes(module: Any) -> dict[str, Any]:
 
 
 def blended(module: Any, out: torch.Tensor, projected: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """With center_feature_scale: a share of what went in, predicted for each group."""
+    """With center_feature_scale, by the parameters that the modules have only then."""
     if not module.center_feature_scale:
         return out
     weight, bias = module.center_feature_scale_proj_weight, module.center_feature_scale_proj_bias
-    share = torch.nn.functional.linear(features, weight, bias).sigmoid()
-    share = share.repeat_interleave(module.channels // module.group, -1)
-    return out * (1 - share) + projected * share
+    return blend(out, projected, features, weight, bias)
 
 
 REPLACEMENTS = (DCNv3Forward,)

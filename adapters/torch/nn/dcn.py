@@ -162,8 +162,13 @@ def _add_center_feature_scale(module: Any, channels: int, group: int, wanted: bo
 
 def _blended(module: Any, out: torch.Tensor, projected: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     weight, bias = module.center_feature_scale_proj_weight, module.center_feature_scale_proj_bias
-    if weight is None:
-        return out
+    return out if weight is None else blend(out, projected, features, weight, bias)
+
+
+def blend(
+    out: torch.Tensor, projected: torch.Tensor, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """center_feature_scale: a share of what went in, predicted from the features for each group, a row of weight."""
     share = torch.nn.functional.linear(features, weight, bias).sigmoid()
-    share = share.repeat_interleave(out.shape[-1] // module.group, -1)
+    share = share.repeat_interleave(out.shape[-1] // len(weight), -1)
     return out * (1 - share) + projected * share
