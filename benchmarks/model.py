@@ -12,13 +12,12 @@ and a call as long as its launches together. README.md says what that leaves out
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
@@ -32,7 +31,7 @@ from gpu import CASES
 import cudcn
 from cudcn import dispatch, emulator, launch, nvrtc, sass, sources
 from cudcn.dtypes import DTYPES
-from cudcn.launch import Kernel
+from cudcn.plan import Kernel, Launch, Plan, Run, Zero
 
 PASSES = ("forward", "backward")
 ARCHITECTURE = "sm_90"
@@ -81,90 +80,38 @@ def main() -> int:
     return 0
 
 
-# ---- the launches of a call
+# ---- the plan of a call
 
 
-class Launch(NamedTuple):
-    kernel: Kernel
-    grid: int
-    block: tuple[int, int]
-    arguments: tuple[Any, ...]
-
-
-class Copy(NamedTuple):
-    """What CuPy does between launches."""
-
-    bytes: int
-
-
-class Traced(np.ndarray):
-    """An array of which assignments are noted: CuPy has a kernel for each."""
-
-    note: Callable[[Copy], None]
-
-    def fill(self, value: Any) -> None:
-        Traced.note(Copy(self.nbytes))
-        super().fill(value)
-
-    def __setitem__(self, where: Any, value: Any) -> None:
-        target = super().__getitem__(where)
-        super().__setitem__(where, value)
-        if target.nbytes:
-            Traced.note(Copy(target.nbytes + getattr(value, "nbytes", 0)))
-
-
-def zeros(shape: Any, dtype: Any) -> Traced:
-    return np.zeros(shape, dtype).view(Traced)
-
-
-class Numpy:
-    """NumPy in CuPy's place, which fills zeros by a copy of its own."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
-
-    def zeros(self, shape: Any, dtype: Any) -> Traced:
-        made = zeros(shape, dtype)
-        Traced.note(Copy(made.nbytes))
-        return made
+class Planned(NamedTuple):
+    plan: Plan
+    arrays: Sequence[Any]
 
 
 class Device:
-    """In the emulated one's place: `handle` gets each launch, with a function that makes it."""
+    """In the emulated one's place: keeps what it should run."""
 
-    xp, empty = Numpy(), staticmethod(zeros)
-
-    def __init__(self, handle: Callable[[Launch, Callable[[], None]], None]) -> None:
-        self.handle, self.real = handle, launch._emulated()
-
-    def launch(self, kernel: Kernel, grid: int, block: tuple[int, int], *arguments: Any) -> None:
-        make = functools.partial(self.real.launch, kernel, grid, block, *arguments)
-        self.handle(Launch(kernel, grid, block, arguments), make)
+    def run(self, *planned: Any) -> None:
+        self.planned = Planned(*planned)
 
 
-@contextlib.contextmanager
-def tracing(handle: Callable[[Launch, Callable[[], None]], None], note: Callable[[Copy], None]) -> Iterator[None]:
-    """Calls with NumPy arrays go to a `Device`."""
-    device = Device(handle)
-    Traced.note = note
+def planned(call: Callable[[], Any]) -> Planned:
+    """What a call with NumPy arrays would have the emulator do."""
+    device = Device()
     with (
         mock.patch.object(launch, "_emulated", return_value=device),
-        mock.patch.object(dispatch, "empty_like", lambda array, shape: zeros(shape, array.dtype)),
+        mock.patch.object(dispatch, "empty_like", lambda array, shape: np.zeros(shape, array.dtype)),
         mock.patch.dict(os.environ, {"CUDCN_DEVICE": "emulator"}),
     ):
-        yield
+        call()
+    return device.planned
 
 
-def steering(launches: list[Launch]) -> set[int]:
-    """Those that write integers which a later one reads: without them the later one would do something else."""
-    found = set()
-    for i, first in enumerate(launches):
-        written = [a for a in first.arguments if isinstance(a, np.ndarray) and a.ndim and a.dtype.kind in "iu"]
-        for later in launches[i + 1 :]:
-            read = [a for a in later.arguments if isinstance(a, np.ndarray) and a.ndim]
-            if any(isinstance(a, Traced) and np.may_share_memory(a, b) for a in written for b in read):
-                found.add(i)
-    return found
+def steering(plan: Plan) -> list[bool]:
+    """Of each step, whether it writes integers that a later one reads, which would do something else without them."""
+    integers = {i for i, scratch in enumerate(plan.scratch, len(plan.tensors)) if scratch.layout.dtype.kind == "i"}
+    buffers = [integers.intersection(view.buffer for view in step.views) for step in plan.steps]
+    return [any(own & other for other in buffers[i + 1 :]) for i, own in enumerate(buffers)]
 
 
 # ---- what a launch does
@@ -212,20 +159,22 @@ class Estimate:
 
 
 def estimate(case: Case, dtype: str, which: str) -> list[Estimate]:
-    call = prepared(case, dtype, which)
-    launches: list[Launch] = []
-    with tracing(lambda made, run: launches.append(made), lambda copy: None):
-        call()
-    needed, found, index = steering(launches), [], iter(range(len(launches)))
-
-    def count(made: Launch, run: Callable[[], None]) -> None:
-        found.append(counted(made, run))
-        if next(index) in needed:
+    plan, arrays = planned(prepared(case, dtype, which))
+    buffers = [*arrays, *(np.zeros(scratch.layout.shape, scratch.layout.dtype) for scratch in plan.scratch)]
+    found = []
+    for step, steers in zip(plan.steps, steering(plan), strict=True):
+        run = functools.partial(launch._emulated().do, step, buffers)
+        if isinstance(step, Launch):
+            found.append(counted(step, [launch.array_of(buffers, view) for view in step.views], run))
+        else:
+            found.append(Estimate("(zeros)" if isinstance(step, Zero) else "(CuPy's copy)", memory=moved(step)))
+        if steers or not isinstance(step, Launch):
             run()
-
-    with tracing(count, lambda copy: found.append(Estimate("(CuPy's copy)", memory=copy.bytes))):
-        call()
     return found
+
+
+def moved(step: Zero | Run) -> int:
+    return sum(view.nbytes for view in step.views)
 
 
 def prepared(case: Case, dtype: str, which: str) -> Callable[[], Any]:
@@ -239,12 +188,13 @@ def prepared(case: Case, dtype: str, which: str) -> Callable[[], Any]:
     return functools.partial(backward, case.grad_output().astype(kind), **tensors, **case.attributes)
 
 
-def counted(made: Launch, run: Callable[[], None]) -> Estimate:
-    counts = sampled(made, run, LEAST_BLOCKS)
+def counted(made: Launch, arrays: list[np.ndarray], run: Callable[[], None]) -> Estimate:
+    """`arrays` are the launch's."""
+    counts = sampled(arrays, run, LEAST_BLOCKS)
     lanes = sum(event.lanes for event in counts.events)
     more = min(MOST_BLOCKS, LEAST_BLOCKS * ACCESSES // max(1, lanes))
     if more > LEAST_BLOCKS and counts.blocks < made.grid:
-        counts = sampled(made, run, more)
+        counts = sampled(arrays, run, more)
     runs = executions.runs(code(made.kernel), counts)
     times, warps = made.grid / counts.blocks, made.grid * math.ceil(math.prod(made.block) / 32)
     of_global = [event for event in counts.events if event.size and not event.shared]
@@ -263,7 +213,7 @@ def counted(made: Launch, run: Callable[[], None]) -> Estimate:
         wavefronts=times * sum(e.wavefronts + e.sectors / 4 for e in counts.events),
         l2=l2,
         reductions=times * SECTOR * sectors["atomic"],
-        memory=min(l2, sum(a.nbytes for a in made.arguments if isinstance(a, np.ndarray) and a.ndim)),
+        memory=min(l2, sum(array.nbytes for array in arrays)),
     )
 
 
@@ -274,11 +224,9 @@ OPCODES = {
 }
 
 
-def sampled(made: Launch, run: Callable[[], None], blocks: int) -> emulator.Counts:
+def sampled(arrays: list[np.ndarray], run: Callable[[], None], blocks: int) -> emulator.Counts:
     """The counts of some blocks, whose writes of integers are undone: where a sort counts, they would count twice."""
-    integers = [
-        a.view(np.ndarray) for a in made.arguments if isinstance(a, np.ndarray) and a.ndim and a.dtype.kind == "i"
-    ]
+    integers = [array for array in arrays if array.dtype.kind == "i"]
     before = [array.copy() for array in integers]
     with emulator.counts(sample=blocks) as found:
         run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -13,41 +14,49 @@ from typing import Any
 import numpy as np
 
 from .dtypes import DTYPES
+from .plan import ALIGNMENT
 
+_NOTHING = contextlib.nullcontext()
 _CPU = 1  # DLPack's device types
 _CUDA = 2
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 # The class of arrays, by the module that has it; JAX's last, as its isinstance is slow.
 _CLASSES = {"torch": "Tensor", "numpy": "ndarray", "cupy": "ndarray", "jax": "Array"}
 
 
 def signature(tensors: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
-    """All that the checks of a call look at; None if there is more to see than in plain arrays and numbers."""
+    """The tensors' layouts, and all else that the checks of a call look at.
+
+    None if there is more to see than in plain arrays and numbers.
+    """
     of_cupy = getattr(sys.modules.get("cupy"), "ndarray", None)
-    seen: list[Any] = []
+    layouts: list[Any] = []
+    seen: list[Any] = [tuple(attributes)]
     for tensor in tensors:
         if type(tensor) is np.ndarray:
-            seen.append((tensor.shape, tensor.dtype))
+            layouts.append((tensor.shape, tensor.dtype))
         elif of_cupy and type(tensor) is of_cupy:
-            seen.append((tensor.shape, tensor.dtype, tensor.data.device_id))
+            data = tensor.data
+            layouts.append((tensor.shape, tensor.strides, tensor.dtype, data.ptr % ALIGNMENT))  # a plan.Layout's
+            seen.append(data.device_id)
         elif tensor is None:
-            seen.append(None)
+            layouts.append(None)
         else:
             return None
-    for name, value in attributes.items():
-        plain = _plain(value)
+    for value in attributes.values():
+        plain = (type(value), value) if type(value) in _PLAIN else _sequence(value)
         if plain is None:
             return None
-        seen.append((name, plain))
-    return tuple(seen)
+        seen.append(plain)
+    return tuple(layouts), tuple(seen)
 
 
-def _plain(value: Any) -> Any:
-    """`value` with its types, as 1, 1.0 and True are equal; None if it is not of Python's own."""
-    kind = type(value)
-    if kind is tuple or kind is list:
-        items = tuple(map(_plain, value))
-        return None if None in items else (kind, items)
-    return (kind, value) if kind in (bool, int, float, str) else None
+def _sequence(value: Any) -> Any:
+    """A tuple or list with its items' types, as 1, 1.0 and True are equal; None if all are not of Python's own."""
+    if type(value) not in (tuple, list):
+        return None
+    items = tuple([(type(item), item) if type(item) in _PLAIN else _sequence(item) for item in value])
+    return None if None in items else (type(value), items)
 
 
 def framework(op: str, names: Mapping[str, bool], tensors: Sequence[Any], non_differentiable: Sequence[str]) -> str:
@@ -195,11 +204,17 @@ def runs_kernels(array: Any) -> bool:
     return device == "emulator"
 
 
+def on_device(array: Any) -> Any:
+    """A context in which a CuPy array's device is the current one."""
+    if isinstance(array, np.ndarray) or array.data.device_id == cupy().cuda.runtime.getDevice():
+        return _NOTHING
+    return array.device
+
+
 def empty_like(array: Any, shape: tuple[int, ...]) -> Any:
-    """An uninitialised array of the same dtype on the same device; poisoned with NaN on the emulated one."""
+    """An uninitialised array of the same dtype on the current device; poisoned with NaN on the emulated one."""
     if not isinstance(array, np.ndarray):
-        with array.device:
-            return cupy().empty(shape, array.dtype)
+        return cupy().ndarray(shape, array.dtype)
     if runs_kernels(array):
         from . import emulator
 

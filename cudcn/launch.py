@@ -1,7 +1,6 @@
 """The only place that compiles and launches kernels: on a GPU through CuPy, or on the emulated one.
 
-Both devices offer the same few things, so that an operator's CUDA path is one piece of Python for either:
-`xp` (CuPy or NumPy), `empty` and `launch`.
+Either runs an operator's plans (plan.py), which know of neither.
 """
 
 from __future__ import annotations
@@ -9,28 +8,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from . import dtypes, sources
+from .plan import ALIGNMENT, Kernel, Launch, Layout, Plan, Run, Step, View, Zero
 
 WORKSPACE = 64 << 20  # bytes of scratch memory for one call, unless a single image needs more
 LARGEST_GRID = 2**31 - 1
 
-
-_tf32: ContextVar[bool] = ContextVar("_tf32")
-
+_REMEMBERED = 1024  # plans
+_WORD = 8  # bytes of an address
+_tf32: ContextVar[bool | None] = ContextVar("_tf32", default=None)
 _STRIDES = sources.Struct("bilinear.cuh", "Strides")
-
-
-class Kernel(NamedTuple):
-    """A template instance: `expression` in `kernels_cu/<source>.cu`."""
-
-    source: str
-    expression: str
 
 
 @contextlib.contextmanager
@@ -45,35 +40,22 @@ def allow_tf32(allow: bool) -> Iterator[None]:
 
 def tf32() -> bool:
     """What `allow_tf32` says; else CuPy's own switch for its products."""
-    return _tf32.get(os.environ.get("CUPY_TF32") == "1")
+    allowed = _tf32.get()
+    return _cupys_tf32() if allowed is None else allowed
+
+
+@functools.cache  # as CuPy does, which reads it once
+def _cupys_tf32() -> bool:
+    return os.environ.get("CUPY_TF32") == "1"
 
 
 def ctype(array: Any) -> str:
     return dtypes.of(array).ctype
 
 
-def address(array: Any) -> int:
-    return array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
-
-
-def addressable(array: Any) -> Any:
-    """The array; a copy if its elements do not lie at whole steps of their size, in which kernels count."""
-    if array is not None:
-        size = array.itemsize
-        for step in (address(array), *array.strides):
-            if step % size:
-                return array.copy()
-    return array
-
-
-def strides(array: Any) -> np.ndarray:
+def strides(view: View | None) -> np.ndarray:
     """`Strides` of bilinear.cuh: element strides of an (N, C, H, W) view, or zeros for None."""
-    return _strides((0, 0, 0, 0), 1) if array is None else _strides(array.strides, array.itemsize)
-
-
-@functools.lru_cache(maxsize=1024)
-def _strides(strides: tuple[int, ...], itemsize: int) -> np.ndarray:
-    n, c, y, x = (stride // itemsize for stride in strides)
+    n, c, y, x = (0, 0, 0, 0) if view is None else (stride // view.itemsize for stride in view.strides)
     return _STRIDES(n=n, c=c, y=y, x=x)
 
 
@@ -81,24 +63,175 @@ def compile_options() -> tuple[str, ...]:
     return ("-std=c++17", f"-I{sources.FOLDER}", f"-DCUDCN_SOURCES={sources.digest()}")
 
 
-class _Cuda:
-    """The current CUDA device, on the caller's current stream."""
+def run(
+    make: Callable[..., None], geometry: Any, outs: Sequence[Any], tensors: Sequence[Any], layouts: Any = None
+) -> None:
+    """Do what `make(plan, geometry, outs, *tensors)` plans, on NumPy arrays, or CuPy's on the current device.
+
+    Each may be None. `layouts` are the CuPy tensors', if they are known.
+    """
+    first = tensors[0]
+    on_cpu = isinstance(first, np.ndarray)
+    if on_cpu or layouts is None:
+        layouts = _layouts(tensors)
+    # all that a plan follows from, beside this package's constants
+    call = make, geometry, _layouts(outs), layouts, first.dtype == np.float32 and tf32()
+    if on_cpu:
+        with np.errstate(all="ignore"):  # NaN and infinity pass through, as on a GPU
+            _emulated().run(_planned(*call), [*outs, *tensors])
+    else:
+        _prepared(first.data.device_id, *call).run([*outs, *tensors])
+
+
+def _layouts(arrays: Sequence[Any]) -> Any:
+    return tuple([None if a is None else (a.shape, a.strides, a.dtype, _address(a) % ALIGNMENT) for a in arrays])
+
+
+def _address(array: Any) -> int:
+    return array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def _planned(make: Callable[..., None], geometry: Any, outs: Any, tensors: Any, tf32: bool) -> Plan:
+    plan = Plan([None if layout is None else Layout(*layout) for layout in (*outs, *tensors)])
+    with allow_tf32(tf32):
+        make(plan, geometry, plan.tensors[: len(outs)], *map(plan.addressable, plan.tensors[len(outs) :]))
+    return plan
+
+
+def forget() -> None:
+    """All plans, and what they follow from and does not change in a process."""
+    _cupys_tf32.cache_clear()
+    _planned.cache_clear()
+    _prepared.cache_clear()
+
+
+# ---- the emulated device
+
+
+class _Emulated:
+    """NumPy arrays, and kernels built with g++."""
 
     def __init__(self) -> None:
-        import cupy
+        from . import emulator
 
-        self.xp = cupy
-        self.empty = cupy.empty
+        self._emulator = emulator
+
+    def run(self, plan: Plan, arrays: Sequence[Any]) -> None:
+        buffers = [*arrays, *(self._emulator.empty(s.layout.shape, s.layout.dtype) for s in plan.scratch)]
+        for step in plan.steps:
+            self.do(step, buffers)
+
+    def do(self, step: Step, buffers: Sequence[Any]) -> None:
+        if isinstance(step, Launch):
+            arguments = [array_of(buffers, a) if isinstance(a, View) else a for a in step.arguments]
+            self.launch(step.kernel, step.grid, step.block, *arguments)
+        elif isinstance(step, Zero):
+            array_of(buffers, step.view)[...] = 0
+        else:
+            step.function(*[array_of(buffers, view) for view in step.views])
 
     def launch(self, kernel: Kernel, grid: int, block: tuple[int, int], *args: Any) -> None:
-        # CuPy would read a struct's fields, which takes 15 us
-        args = tuple([a.view(_bytes(a.itemsize)) if type(a) is np.ndarray else a for a in args])
-        compiled(kernel, self.xp.cuda.runtime.getDevice())((grid,), block, args)
+        self._emulator.kernel(sources.path(kernel.source), kernel.expression)((grid,), block, args)
 
 
-@functools.cache
-def _bytes(count: int) -> np.dtype:
-    return np.dtype(("V", count))
+_emulated = functools.cache(_Emulated)
+
+
+def array_of(buffers: Sequence[Any], view: View) -> np.ndarray:
+    """A view of NumPy arrays, one for each of a plan's buffers."""
+    array = buffers[view.buffer]
+    interface = array.__array_interface__
+    address, read_only = interface["data"]
+    if (array.shape, array.strides, view.offset) == (view.shape, view.strides, 0):
+        return array
+    interface |= {"data": (address + view.offset, read_only), "shape": view.shape, "strides": view.strides}
+    return np.asarray(SimpleNamespace(__array_interface__=interface)).view(view.dtype)
+
+
+# ---- a CUDA device
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def _prepared(device: int, *call: Any) -> _Prepared:
+    return _Prepared(_planned(*call), device)
+
+
+class _Prepared:
+    """A plan for one device, with all done ahead that needs no address.
+
+    The driver reads a launch's parameters from memory, by a table of where each of them is. CuPy's own launch writes
+    both anew, which takes about a microsecond a parameter.
+    """
+
+    def __init__(self, plan: Plan, device: int) -> None:
+        import cupy
+
+        if np.lib.NumpyVersion(np.__version__) < "2.1.2" and any(v and v.dtype == "bfloat16" for v in plan.tensors):
+            raise ImportError(f"bfloat16 CuPy arrays need NumPy 2.1.2 or later, this is {np.__version__}")
+        self._cupy, self._device = cupy, device
+        self._tensors = len(plan.tensors)
+        self._scratch, self._scratch_bytes = [scratch.offset for scratch in plan.scratch], plan.scratch_bytes
+        self._numbers: dict[tuple[int, int], int] = {}  # of each address: a buffer, and an offset in it
+        for view in (view for step in plan.steps for view in step.views):
+            self._numbers.setdefault((view.buffer, view.offset), len(self._numbers))
+        self._pack = struct.Struct(f"{len(self._numbers)}q").pack_into
+        self._values = bytearray(_WORD * len(self._numbers))  # of all parameters: the addresses, then those that stay
+        self._places: list[int] = []  # in `_values`, of each launch's parameters
+        self._steps = [self._step(step) for step in plan.steps]
+        self._idle: list[tuple[np.ndarray, np.ndarray, int]] = []  # values and table that no thread launches with
+
+    def run(self, arrays: Sequence[Any]) -> None:
+        bases = [0 if array is None else array.data.ptr for array in arrays]
+        memory = None
+        if self._scratch:
+            memory = self._cupy.cuda.alloc(self._scratch_bytes)
+            first = memory.ptr
+            bases += [first + offset for offset in self._scratch]
+        addresses = [bases[buffer] + offset for buffer, offset in self._numbers]
+        try:
+            own = self._idle.pop()
+        except IndexError:
+            own = self._written()
+        values, _, table = own
+        self._pack(values.data, 0, *addresses)
+        stream = self._cupy.cuda.get_current_stream().ptr
+        for step in self._steps:
+            step(stream, table, addresses, arrays, memory)
+        self._idle.append(own)
+
+    def _written(self) -> tuple[np.ndarray, np.ndarray, int]:
+        values = np.frombuffer(self._values, np.uint8).copy()
+        table = values.ctypes.data + np.array(self._places, np.int64)
+        return values, table, table.ctypes.data
+
+    def _step(self, step: Step) -> Callable[..., Any]:
+        """A function of a call's stream, its table's address, all addresses, its arrays and its scratch memory."""
+        if isinstance(step, Run):
+            function, views = step
+            return lambda stream, table, addresses, *memory: function(*[self._array(view, *memory) for view in views])
+        if isinstance(step, Zero):
+            number, size = self._numbers[step.view.buffer, step.view.offset], step.view.nbytes
+            memset = self._cupy.cuda.runtime.memsetAsync
+            return lambda stream, table, addresses, *memory: memset(addresses[number], 0, size, stream)
+        kernel, grid, (x, y), arguments = step
+        loaded = compiled(kernel, self._device).kernel
+        launch, first = self._cupy.cuda.driver.launchKernel, _WORD * len(self._places)
+        self._places += map(self._place, arguments)
+        return lambda stream, table, *_: launch(loaded.ptr, grid, 1, 1, x, y, 1, 0, stream, table + first, 0)
+
+    def _place(self, argument: Any) -> int:
+        if isinstance(argument, View):
+            return _WORD * self._numbers[argument.buffer, argument.offset]
+        self._values.extend(bytes(-len(self._values) % ALIGNMENT))
+        place = len(self._values)
+        self._values.extend(bytes(_WORD) if argument is None else argument.tobytes())
+        return place
+
+    def _array(self, view: View, arrays: Sequence[Any], memory: Any) -> Any:
+        number = view.buffer - self._tensors
+        base = arrays[view.buffer].data if number < 0 else memory + self._scratch[number]
+        return self._cupy.ndarray(view.shape, view.dtype, base + view.offset, view.strides)
 
 
 @functools.cache
@@ -108,35 +241,3 @@ def compiled(kernel: Kernel, device: int) -> Any:
     code = sources.text(kernel.source)
     module = cupy.RawModule(code=code, options=compile_options(), name_expressions=[kernel.expression])
     return module.get_function(kernel.expression)
-
-
-class _Emulated:
-    """NumPy arrays, and kernels built with g++."""
-
-    xp = np
-
-    def __init__(self) -> None:
-        from . import emulator
-
-        self._emulator = emulator
-        self.empty = emulator.empty
-
-    def launch(self, kernel: Kernel, grid: int, block: tuple[int, int], *args: Any) -> None:
-        compiled = self._emulator.kernel(sources.path(kernel.source), kernel.expression)
-        compiled((grid,), block, args)
-
-
-@contextlib.contextmanager
-def device(array: Any) -> Iterator[Any]:
-    """The device that `array` lies on, made current."""
-    if isinstance(array, np.ndarray):
-        with np.errstate(all="ignore"):  # NaN and infinity pass through, as on a GPU
-            yield _emulated()
-    else:
-        if dtypes.of(array) is dtypes.DTYPES["bfloat16"] and np.lib.NumpyVersion(np.__version__) < "2.1.2":
-            raise ImportError(f"bfloat16 CuPy arrays need NumPy 2.1.2 or later, this is {np.__version__}")
-        with array.device:
-            yield _cuda()
-
-
-_cuda, _emulated = functools.cache(_Cuda), functools.cache(_Emulated)

@@ -11,8 +11,9 @@ from types import ModuleType
 from typing import NamedTuple
 
 from . import sources
-from .launch import Kernel, compile_options
+from .launch import compile_options
 from .ops import OPS
+from .plan import Kernel
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 

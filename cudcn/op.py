@@ -40,8 +40,9 @@ class Op:
     once canonical).
     `canonical(**attributes)` brings the attributes to flat tuples and plain numbers, or raises.
     `geometry(specs, **canonical)` checks the tensors and returns a class of geometry.py, whose `output` is a Spec.
-    `cpu` and `cuda` are the modules that compute: `forward(geometry, out, *tensors)` fills `out`, and
-    `backward(geometry, grads, grad_output, *tensors)` fills those `grads` that are not None.
+    `cpu` and `cuda` are the modules that compute: on the CPU `forward(geometry, out, *tensors)` fills `out`, and
+    `backward(geometry, grads, grad_output, *tensors)` fills those `grads` that are not None; for CUDA
+    `forward(plan, geometry, [out], *tensors)` and `backward(plan, geometry, grads, grad_output, *tensors)` plan that.
     `may_be_float32` names the tensors that may be so beside half-precision data, `non_differentiable` those without a
     gradient.
     """
@@ -92,8 +93,9 @@ class Op:
             tensors = tuple([dispatch.array(self.name, name, tensor) for name, tensor in given])
             geometry = self.known_geometry(specs(tensors), **attributes)
             self._remember(signature, geometry)
-        out = dispatch.empty_like(tensors[0], geometry.output.shape)
-        self.forward(geometry, out, *tensors)
+        with dispatch.on_device(tensors[0]):
+            out = dispatch.empty_like(tensors[0], geometry.output.shape)
+            self.forward(geometry, out, *tensors, layouts=signature and signature[0])
         return out
 
     def backward_of(self, *tensors: Any, **attributes: Any) -> Any:
@@ -113,8 +115,9 @@ class Op:
             self._remember(signature, geometry)
         grad_output, *arrays = tensors
         wanted = zip(arrays, self.differentiable(arrays), strict=True)
-        grads = [dispatch.empty_like(a, a.shape) if want else None for a, want in wanted]
-        self.backward(geometry, grads, grad_output, *arrays)
+        with dispatch.on_device(grad_output):
+            grads = [dispatch.empty_like(a, a.shape) if want else None for a, want in wanted]
+            self.backward(geometry, grads, grad_output, *arrays, layouts=signature and signature[0])
         return self.gradients(*grads)
 
     def _remember(self, signature: Any, geometry: Any) -> None:
@@ -131,16 +134,21 @@ class Op:
                 f"{geometry.output.shape} {geometry.output.dtype}, got {got.shape} {got.dtype}"
             )
 
-    def forward(self, geometry: Any, out: Any, *tensors: Any) -> None:
-        """Fill `out` from NumPy or CuPy arrays that have passed `geometry`."""
+    def forward(self, geometry: Any, out: Any, *tensors: Any, layouts: Any = None) -> None:
+        """Fill `out` from NumPy arrays, or CuPy's on the current device; they have passed `geometry`.
+
+        `layouts` are theirs as `dispatch.signature` has them, if that is known.
+        """
         if not out.size:
             return
         if dispatch.runs_kernels(out):
-            self.cuda.forward(geometry, out, *map(launch.addressable, tensors))
+            launch.run(self.cuda.forward, geometry, [out], tensors, layouts)
         else:
             self.cpu.forward(geometry, out, *tensors)
 
-    def backward(self, geometry: Any, grads: Sequence[Any], grad_output: Any, *tensors: Any) -> None:
+    def backward(
+        self, geometry: Any, grads: Sequence[Any], grad_output: Any, *tensors: Any, layouts: Any = None
+    ) -> None:
         """Fill the `grads` that are not None."""
         if all(grad is None for grad in grads):
             return
@@ -149,6 +157,6 @@ class Op:
                 if grad is not None:
                     grad.fill(0)
         elif dispatch.runs_kernels(grad_output):
-            self.cuda.backward(geometry, grads, *map(launch.addressable, (grad_output, *tensors)))
+            launch.run(self.cuda.backward, geometry, grads, (grad_output, *tensors), layouts)
         else:
             self.cpu.backward(geometry, grads, grad_output, *tensors)

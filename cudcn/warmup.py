@@ -11,8 +11,8 @@ from typing import TextIO
 
 from . import dispatch, launch
 from .dtypes import DTYPES
-from .launch import Kernel
 from .ops import OPS
+from .plan import Kernel
 
 _BAR = 30  # characters
 

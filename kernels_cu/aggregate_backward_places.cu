@@ -232,3 +232,11 @@ aggregate_backward_places(const T *__restrict__ grad_output, const T *__restrict
     }
   }
 }
+
+// Zeros for what dcnv4's tensor has behind the last group: in rows of `row` numbers all but `used`, `count` in all.
+template <typename O>
+__global__ void __launch_bounds__(THREADS)
+aggregate_clear_unused(O *__restrict__ grad, long long count, int row, int used) {
+  const long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
+  if (i < count) grad[i / (row - used) * row + used + i % (row - used)] = O(0.0f);
+}

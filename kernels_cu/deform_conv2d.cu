@@ -95,3 +95,23 @@ deform_conv2d_pack(const T *__restrict__ images, Strides strides, T *__restrict_
     if (first + y < pixels && begin + x < row) packed[(first + y) * row + begin + x] = tile[x][y];
   }
 }
+
+struct WeightPacking {
+  int inner_rows, taps, kernel_w, part, depth, turned;
+};
+
+// (rows, inner_rows, taps, depth) from weights (C_out, C_in / groups, Kh, Kw) of any strides: an out's channels, part
+// by part, or, turned, a group's outs for each channel; with zeros behind them. Grid: x = row and inner row.
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+deform_conv2d_pack_weight(const T *__restrict__ weight, Strides strides, T *__restrict__ packed, WeightPacking p) {
+  const int row = int(blockIdx.x) / p.inner_rows, inner = int(blockIdx.x) % p.inner_rows;
+  const int out = p.turned ? row * p.part : row, channel = p.turned ? inner : inner * p.part;
+  const T *from = weight + out * strides.n + channel * strides.c;
+  T *to = packed + (long long)int(blockIdx.x) * p.taps * p.depth;
+  for (int i = int(threadIdx.x); i < p.taps * p.depth; i += THREADS) {
+    const int tap = i / p.depth, k = i % p.depth;
+    const long long at = k * (p.turned ? strides.n : strides.c) + tap / p.kernel_w * strides.y + tap % p.kernel_w * strides.x;
+    to[i] = k < p.part ? from[at] : T(0.0f);
+  }
+}

@@ -10,7 +10,7 @@ import fake_cuda
 import numpy as np
 import pytest
 
-from cudcn import emulator
+from cudcn import emulator, launch
 
 pytest.register_assert_rewrite("cases.case", "every_case", "frameworks.comparing")
 
@@ -131,3 +131,9 @@ def default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(reason)
     monkeypatch.delenv("CUDCN_EMULATOR_BUILD", raising=False)
     monkeypatch.delenv("CUDCN_EMULATOR_ORDER", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_plans() -> None:
+    """None that an earlier test made, with another workspace perhaps."""
+    launch.forget()

@@ -13,6 +13,7 @@ import pytest
 from cases.case import DTYPES, HALVES, Case, Tensors, widened
 
 from cudcn import emulator, launch
+from cudcn.plan import Kernel
 
 
 class EveryCase:
@@ -98,12 +99,12 @@ def _check(case: Case, dtype: str, tensors: Tensors, out: Any, grads: Tensors) -
             case.close(grads[name], want, dtype)
 
 
-def launched(monkeypatch: pytest.MonkeyPatch) -> set[launch.Kernel]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[Kernel]:
     """What the emulator launches from now on."""
-    seen: set[launch.Kernel] = set()
+    seen: set[Kernel] = set()
     run = launch._Emulated.launch
 
-    def spy(self: Any, kernel: launch.Kernel, *args: Any) -> None:
+    def spy(self: Any, kernel: Kernel, *args: Any) -> None:
         seen.add(kernel)
         run(self, kernel, *args)
 

@@ -98,7 +98,7 @@ class TestEmulated:
         tensors = image, offset, np.zeros((1, 1, 1, 257), np.float32), None, None
         geometry = OP.geometry(cudcn.op.specs(tensors), **OP.canonical(**{**PLAIN.attributes, "padding": (0, 128)}))
         with pytest.raises(ValueError, match=r"deform_conv2d: on CUDA one image must .* got 536870912 and 1077936128"):
-            OP.cuda.backward(geometry, (None, offset, None, None, None), image, *tensors)
+            launch.run(OP.cuda.backward, geometry, (None, offset, None, None, None), (image, *tensors))
 
     def test_too_many_pixels(self) -> None:
         """The output is small, the input is not."""
@@ -107,8 +107,9 @@ class TestEmulated:
         geometry = OP.geometry(
             cudcn.op.specs(tensors), **OP.canonical(**{**PLAIN.attributes, "stride": 1 << 15, "padding": 0})
         )
+        grad_output = np.zeros((1, 1, 1, 1), np.float32)
         with pytest.raises(ValueError, match=r"deform_conv2d: on CUDA one image must .* got 1073807361 and 8389121"):
-            OP.cuda.backward(geometry, (image, None, None, None, None), np.zeros((1, 1, 1, 1), np.float32), *tensors)
+            launch.run(OP.cuda.backward, geometry, (image, None, None, None, None), (grad_output, *tensors))
 
     def test_strided_input_is_read(self) -> None:
         tensors = PLAIN.tensors()
@@ -122,8 +123,8 @@ class TestEmulated:
         seen = launched(monkeypatch)
         for dtype in DTYPES:
             agrees_with_float64(BY_NAME["strides and dilations NHWC"], dtype)
-        # halves are packed; the bias has two, which float64 shares; and the sort four of any dtype
-        assert len(seen) == 7 * len(DTYPES) + 2 + 7 + 4
+        # halves are packed, as all weights are; the bias has two, which float64 shares; and the sort four of any dtype
+        assert len(seen) == 8 * len(DTYPES) + 2 + 7 + 4
         assert seen <= set(OP.cuda.kernels())
 
     @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
@@ -160,8 +161,7 @@ class TestEmulated:
         sums = np.zeros(1, np.float32)
         if layout == "NHWC":  # two channels, or its memory would be planar too
             grad_output, sums = np.ones((1, 3000, 3000, 2), np.float32).transpose(0, 3, 1, 2), np.zeros(2, np.float32)
-        with launch.device(grad_output) as device:
-            OP.cuda._sum_pixels(device, grad_output, sums)
+        launch.run(lambda plan, _, outs, images: OP.cuda._sum_pixels(plan, images, *outs), None, [sums], [grad_output])
         assert (sums == grad_output[0, 0].size).all()
 
     @pytest.mark.parametrize("case", [BY_NAME["groups NCHW"], BY_NAME["depthwise NHWC"]], ids=str)

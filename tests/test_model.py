@@ -14,6 +14,7 @@ from emulator.builds import INCLUDE
 from emulator.products import mma_gemm
 
 from cudcn import emulator, nvrtc, sass
+from cudcn.plan import Layout, Plan
 
 pytest.importorskip("cupy")
 pytestmark = [
@@ -119,7 +120,7 @@ def test_the_estimate_of_a_call(model: ModuleType) -> None:
     names = [part.name for part in backward]
     for kernel in ("backward_places<__half", "count<__half", "records<__half", "backward_input<__half"):
         assert any(name.startswith(f"aggregate_{kernel}") for name in names)
-    assert "(CuPy's copy)" in names  # zeros to count in
+    assert "(zeros)" in names  # to count in
     assert sum(part.microseconds for part in backward) > forward.microseconds > 0
 
 
@@ -133,9 +134,10 @@ def test_what_binds(model: ModuleType) -> None:
     assert (copied.binds, copied.microseconds) == ("memory", pytest.approx(3e9 / model.MEMORY * 1e6))
 
 
-def test_launches_that_steer_others(model: ModuleType) -> None:
-    integers, floats, given = model.zeros(4, np.int32), model.zeros(4, np.float32), np.zeros(4, np.int32)
-    launches = [model.Launch(None, 1, (32, 1), arguments) for arguments in (
-        (given, floats, 1), (given, integers), (floats, given), (integers[2:], floats), (floats,),
-    )]  # fmt: skip
-    assert model.steering(launches) == {1}
+def test_steps_that_steer_others(model: ModuleType) -> None:
+    plan = Plan([Layout((4,), (4,), np.dtype(np.int32), 0)])
+    (given,) = plan.tensors
+    integers, floats = plan.empty((4,), np.int32), plan.empty((4,), np.float32)
+    for views in (given, floats), (given, integers), (floats, given), (integers[2:], floats), (floats,):
+        plan.launch(None, 1, (32, 1), *views, np.int32(1))
+    assert model.steering(plan) == [False, True, False, False, False]

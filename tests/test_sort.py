@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +10,23 @@ import pytest
 
 from cudcn import emulator, launch
 from cudcn.cuda.sort import Segments, sort
-from cudcn.launch import Kernel
+from cudcn.plan import Kernel, Plan, View
 
 SOURCE = str(Path(__file__).parent / "emulator" / "kernels" / "sorted_cells.cu")
 NOWHERE = -1
 
 
+def sorting(plan: Plan, segments: Segments, outs: Sequence[View], given: View) -> None:
+    found = sort(plan, segments, 16, Kernel(SOURCE, "count"), Kernel(SOURCE, "write"), given)
+    for out, view in zip(outs, found, strict=True):
+        plan.copy(out, view)
+
+
 def check(given: np.ndarray, segments: Segments) -> None:
     """`given`: each sample's cell, counted through all segments."""
     given = given.astype(np.int32)
-    with launch.device(given) as device:
-        starts, records = sort(device, segments, 16, Kernel(SOURCE, "count"), Kernel(SOURCE, "write"), given)
+    starts, records = np.empty(segments.cells + 1, np.int32), np.empty(4 * segments.samples, np.int32)
+    launch.run(sorting, segments, [starts, records], [given])
     order = np.argsort(given, kind="stable")[np.count_nonzero(given == NOWHERE) :]
     counts = np.bincount(given[order], minlength=segments.cells)
     assert starts.tolist() == [0, *np.cumsum(counts)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,8 @@ from .. import dtypes, launch, sources
 from ..check import LARGEST
 from ..dtypes import arithmetic
 from ..geometry import Aggregation, Attention, ceil_div
-from ..launch import Kernel, address, ctype
+from ..launch import ctype
+from ..plan import Kernel, Plan, View
 from . import sort
 from .sort import Segments
 
@@ -44,6 +45,7 @@ def kernels() -> list[Kernel]:
     return [
         *(_kernel("forward", *names, v, s) for d, names in types for v in _vectors(d.size) for s in (0, 1)),
         *(_kernel("backward_places", *names, v) for d, names in types for v in _places_vectors(d.size)),
+        *(_kernel("clear_unused", dtype.ctype) for dtype in dtypes.DTYPES.values()),
         *(_kernel(name, *names) for _, names in types for name in ("count", "records")),
         *(_kernel("softmax", data.ctype, places.ctype) for data, places in dtypes.together(1)),
         *(
@@ -56,51 +58,50 @@ def kernels() -> list[Kernel]:
     ]
 
 
-def forward(g: Aggregation, out: Any, *tensors: Any) -> None:
-    with launch.device(out) as device:
-        if not g.pixels:
-            out[...] = 0
-            return
-        call = _Call(g, device, tensors)
-        target = call.target(out, out.dtype)
-        call.launch_forward(target)
-        if target is not out:
-            out[...] = target
+def forward(plan: Plan, g: Aggregation, outs: Sequence[View], *tensors: Any) -> None:
+    (out,) = outs
+    if not g.pixels:
+        plan.clear(out)
+        return
+    call = _Call(plan, g, tensors)
+    target = call.target(out, out.dtype)
+    call.launch_forward(target)
+    if target is not out:
+        plan.copy(out, target)
 
 
-def backward(g: Aggregation, grads: Any, grad_output: Any, *tensors: Any) -> None:
-    with launch.device(grad_output) as device:
-        if not g.pixels:
-            for grad in grads:
-                if grad is not None:
-                    grad[...] = 0
-            return
-        call = _Call(g, device, tensors)
-        gradient = device.xp.ascontiguousarray(grad_output)
-        if grads[0] is not None:
-            _backward_input(call, grads[0], gradient)
-        if any(grad is not None for grad in grads[1:]):
-            _backward_places(call, grads[-1 if g.packed else -2 :], gradient)
+def backward(plan: Plan, g: Aggregation, grads: Sequence[Any], grad_output: View, *tensors: Any) -> None:
+    if not g.pixels:
+        for grad in grads:
+            if grad is not None:
+                plan.clear(grad)
+        return
+    call = _Call(plan, g, tensors)
+    gradient = plan.contiguous(grad_output)
+    if grads[0] is not None:
+        _backward_input(call, grads[0], gradient)
+    if any(grad is not None for grad in grads[1:]):
+        _backward_places(call, grads[-1 if g.packed else -2 :], gradient)
 
 
-def _backward_input(call: _Call, grad: Any, grad_output: Any) -> None:
+def _backward_input(call: _Call, grad: View, grad_output: View) -> None:
     if not grad.size:
         return
     target = call.target(grad, grad.dtype)
     call.launch_backward_input(grad_output, target)
     if target is not grad:
-        grad[...] = target
+        call.plan.copy(grad, target)
 
 
-def _backward_places(call: _Call, grads: Any, grad_output: Any) -> None:
+def _backward_places(call: _Call, grads: Sequence[Any], grad_output: View) -> None:
     """Gradients of places and weights, or of the tensor that holds both."""
     targets = [call.target(grad, call.places.dtype) for grad in grads]
-    if (unused := call.g.unused(None, *targets)) is not None:
-        unused[...] = 0
+    if call.g.packed:
+        call.clear_unused(targets[0])
     call.launch_backward_places(grad_output, [*targets, None][:2])
     for grad, target in zip(grads, targets, strict=True):
         if target is not grad:
-            grad[...] = target
+            call.plan.copy(grad, target)
 
 
 class _Split(NamedTuple):
@@ -115,23 +116,22 @@ class _Split(NamedTuple):
 class _Call:
     """The tensors of one call as the kernels take them."""
 
-    def __init__(self, g: Aggregation, device: Any, tensors: Any) -> None:
-        xp = device.xp
-        self.g, self.device = g, device
+    def __init__(self, plan: Plan, g: Aggregation, tensors: Any) -> None:
+        self.plan, self.g = plan, g
         self.samples = g.levels * g.points  # of a row
         image, *levels, places, weights = (*tensors, tensors[-1]) if g.packed else tensors
         # the kernels have one type for both, so that where one of two is half, it becomes float32
         fine = np.float32 if places.dtype != weights.dtype else places.dtype
-        self.image = xp.ascontiguousarray(image)
-        self.places = xp.ascontiguousarray(places, fine)
-        self.weights = self.places if g.packed else xp.ascontiguousarray(weights, fine)
-        self.levels = [xp.ascontiguousarray(t, np.int64) for t in levels] or [None, None]
+        self.image = plan.contiguous(image)
+        self.places = plan.contiguous(places, fine)
+        self.weights = self.places if g.packed else plan.contiguous(weights, fine)
+        self.levels: list[View | None] = [*(plan.contiguous(t, np.int64) for t in levels)] or [None, None]
 
-    def target(self, array: Any, dtype: Any) -> Any:
+    def target(self, array: View | None, dtype: Any) -> Any:
         """Where a kernel writes `array`'s elements: there, if they are contiguous, aligned and of `dtype`."""
-        if array is None or (array.dtype == dtype and array.flags.c_contiguous and address(array) % 16 == 0):
+        if array is None or (array.dtype == dtype and array.is_contiguous and array.alignment == 16):
             return array
-        return self.device.empty(array.shape, dtype)
+        return self.plan.empty(array.shape, dtype)
 
     def launch_forward(self, target: Any) -> None:
         split = self._split(_vectors, [self.image, target])
@@ -142,9 +142,18 @@ class _Call:
         split = self._split(_places_vectors, [self.image, grad_output])
         self._launch("backward_places", split, [grad_output], targets)
 
+    def clear_unused(self, packed: View) -> None:
+        """What dcnv4's tensor has behind the last group gets gradients of 0."""
+        row, used = packed.shape[-1], 3 * self.samples * self.g.groups
+        count = packed.size // row * (row - used)
+        if count:
+            kernel = _kernel("clear_unused", ctype(packed))
+            numbers = np.int64(count), np.int32(row), np.int32(used)
+            self.plan.launch(kernel, ceil_div(count, _THREADS), (_THREADS, 1), packed, *numbers)
+
     def launch_backward_input(self, grad_output: Any, grad_image: Any) -> None:
         """Sorts the samples of some pairs of an image and a group at a time, from which each pixel gathers."""
-        g, device, queries, dtype = self.g, self.device, math.prod(self.g.queries), arithmetic(self.image)
+        g, plan, queries, dtype = self.g, self.plan, math.prod(self.g.queries), arithmetic(self.image)
         # ms_deform_attn's level of h x w pixels has (h + 1) * (w + 1) <= 2 * (h * w + 1) cells
         cells = 2 * (g.pixels + 1) if isinstance(g, Attention) else (g.height + 1) * (g.width + 1)
         pair, record = Segments(g.levels, cells, queries * g.points), sort.record_bytes(dtype)
@@ -159,28 +168,29 @@ class _Call:
         for first in range(0, g.batch * g.groups, step):
             count = min(step, g.batch * g.groups - first)
             pairs = _PAIRS(first=first, count=count, levels=g.levels, cells=cells, samples=pair.segment_samples)
-            softmax = None
-            if g.softmax:
-                softmax = device.empty((count * queries, 2), dtype)
-                self._launch_softmax(softmax, aggregate, pairs)
-            arguments = self.places, self.weights, *self.levels, softmax, source, aggregate, pairs
-            lists = sort.sort(device, pair.times(count), record, *kernels, *arguments)
-            device.launch(
-                gather, ceil_div(count * g.pixels, rows), (split.lanes, rows), grad_output, *self.levels, *lists,
-                grad_image, source, aggregate, pairs,
-            )  # fmt: skip
+            with plan.reused():
+                softmax = None
+                if g.softmax:
+                    softmax = plan.empty((count * queries, 2), dtype)
+                    self._launch_softmax(softmax, aggregate, pairs)
+                arguments = self.places, self.weights, *self.levels, softmax, source, aggregate, pairs
+                lists = sort.sort(plan, pair.times(count), record, *kernels, *arguments)
+                plan.launch(
+                    gather, ceil_div(count * g.pixels, rows), (split.lanes, rows), grad_output, *self.levels, *lists,
+                    grad_image, source, aggregate, pairs,
+                )  # fmt: skip
 
     def _launch_softmax(self, softmax: Any, aggregate: Any, pairs: Any) -> None:
         """Of each query: lanes that take up to four samples each."""
         lanes = min(32, 1 << (ceil_div(self.samples, 4) - 1).bit_length())
         rows = _THREADS // lanes
-        self.device.launch(
+        self.plan.launch(
             _kernel("softmax", ctype(self.image), ctype(self.places)), ceil_div(softmax.shape[0], rows), (lanes, rows),
             self.weights, softmax, aggregate, pairs,
         )  # fmt: skip
 
     def _launch(self, name: str, split: _Split, inputs: list[Any], outputs: list[Any], *template: int) -> None:
-        self.device.launch(
+        self.plan.launch(
             _kernel(name, *self._types(), split.vector, *template), self._grid(split.rows * _WARPS, split.vector),
             (_THREADS, 1), *inputs, self.image, self.places, self.weights, *self.levels, *outputs,
             _source(self.g, arithmetic(self.image)), self._aggregate(split),
@@ -190,7 +200,7 @@ class _Call:
         return ctype(self.image), ctype(self.places), type(self.g).__name__
 
     def _split(self, vectors: Callable[[int], dict[int, int]], arrays: list[Any]) -> _Split:
-        return _split(self.g, vectors, self.image.itemsize, math.gcd(16, *map(address, arrays)))
+        return _split(self.g, vectors, self.image.itemsize, math.gcd(*(array.alignment for array in arrays)))
 
     def _grid(self, rows: int, vector: int) -> int:
         """The number of blocks of so many rows."""
@@ -216,10 +226,6 @@ class _Call:
         return self.g.groups * self.g.group_channels * self.image.itemsize
 
 
-# What follows from the geometry alone is remembered: a model makes the same few calls again and again.
-
-
-@functools.lru_cache(maxsize=1024)
 def _split(g: Aggregation, vectors: Callable[[int], dict[int, int]], size: int, alignment: int) -> _Split:
     """`size`: of an element; `alignment`: of all that is read or written by vectors; bytes."""
     channels, samples = g.group_channels, g.levels * g.points
@@ -240,7 +246,6 @@ def _split(g: Aggregation, vectors: Callable[[int], dict[int, int]], size: int, 
     return _Split(vector, lanes, rows, held)
 
 
-@functools.lru_cache(maxsize=1024)
 def _aggregate(g: Aggregation, split: _Split, per_query: int, pixel_bytes: int) -> np.ndarray:
     """`per_query`: numbers of the tensor that has places and weights, where both are in one."""
     (_, lanes, rows, held), (height, width) = split, g.queries
@@ -281,7 +286,6 @@ def _places_vectors(itemsize: int) -> dict[int, int]:
     return {8: 4, 4: 4, 2: 1, 1: 1} if itemsize == 2 else _vectors(itemsize)
 
 
-@functools.lru_cache(maxsize=1024)
 def _source(g: Aggregation, dtype: type) -> np.ndarray:
     """What turns places into positions."""
     if isinstance(g, Attention):
@@ -303,6 +307,10 @@ def _not_below(number: int, dtype: Any) -> Any:
 
 @functools.cache
 def _kernel(name: str, *template: str | int) -> Kernel:
-    source = {"forward": "aggregate", "backward_places": "aggregate_backward_places"}
+    source = {
+        "forward": "aggregate",
+        "backward_places": "aggregate_backward_places",
+        "clear_unused": "aggregate_backward_places",
+    }
     expression = f"aggregate_{name}<{', '.join(map(str, template))}>"
     return Kernel(source.get(name, "aggregate_backward_input"), expression)

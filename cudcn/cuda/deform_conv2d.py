@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ import numpy as np
 from .. import dtypes, launch, sources
 from ..dtypes import DTYPES, arithmetic
 from ..geometry import Convolution, ceil_div
-from ..launch import Kernel, address, strides
+from ..launch import strides
+from ..plan import Kernel, Plan, View
 from . import sort
 from .sort import Segments
 
@@ -27,6 +28,7 @@ _WEIGHT_CHANNELS = sources.constant("deform_conv2d_backward", "WEIGHT_CHANNELS")
 _SOURCES = {
     "forward": "deform_conv2d",
     "pack": "deform_conv2d",
+    "pack_weight": "deform_conv2d",
     "count": "deform_conv2d_backward_input",
     "records": "deform_conv2d_backward_input",
     "backward_input": "deform_conv2d_backward_input",
@@ -39,6 +41,7 @@ _BLOCKS = 512  # of threads, which is enough to fill a GPU
 _SUMMANDS = 64  # of the bias's gradient that one thread sums in float32
 _CONVOLUTION = sources.Struct("deform_conv2d.cuh", "Convolution")
 _PACKING = sources.Struct("deform_conv2d", "Packing")
+_WEIGHT_PACKING = sources.Struct("deform_conv2d", "WeightPacking")
 _SPLITS = sources.Struct("deform_conv2d_backward", "Splits")
 _WEIGHTS = sources.Struct("deform_conv2d_backward", "Weights")
 _PIXELS = sources.Struct("deform_conv2d_backward", "Pixels")
@@ -46,7 +49,7 @@ _PIXELS = sources.Struct("deform_conv2d_backward", "Pixels")
 
 def kernels() -> list[Kernel]:
     """Every instance that this operator can launch."""
-    found = [_kernel(name, t) for name in ("pack", "count", "records", "add_splits") for t in DTYPES]
+    found = [_kernel(name, t) for name in ("pack", "pack_weight", "count", "records", "add_splits") for t in DTYPES]
     for name in ("forward", "backward_input"):
         found += [_kernel(name, t, outs) for t in DTYPES for outs in _outs(t)] + [_kernel(name, "tf32", 64)]
     for name in ("backward_offset", "backward_weight"):
@@ -56,34 +59,44 @@ def kernels() -> list[Kernel]:
     return found + sort.kernels()
 
 
-def forward(g: Convolution, out: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> None:
-    out, input, offset, mask = g.nchw(out, input, offset, mask)
-    with launch.device(out) as device:
-        call = _Call(g, device, input, offset, mask)
-        weight = call.weights(weight)
-        bias = None if bias is None else device.xp.ascontiguousarray(bias)
-        # out[o, q] = bias[o] + sum over c, k of weight[o, c, k] * mask[k, q] * bilinear(input[c], place[k, q])
-        for images in call.chunks(call.input_rows.bytes(input)):
+def forward(
+    plan: Plan, g: Convolution, outs: Sequence[View], input: View, offset: View, weight: View, bias: Any, mask: Any
+) -> None:
+    out, input, offset, mask = g.nchw(*outs, input, offset, mask)
+    call = _Call(plan, g, input, offset, mask)
+    weight = call.weights(weight)
+    bias = None if bias is None else plan.contiguous(bias)
+    # out[o, q] = bias[o] + sum over c, k of weight[o, c, k] * mask[k, q] * bilinear(input[c], place[k, q])
+    for images in call.chunks(call.input_rows.bytes(input)):
+        with plan.reused():
             call.forward(images, call.input_rows.packed(input[images]), weight, bias, out[images])
 
 
 def backward(
-    g: Convolution, grads: Any, grad_output: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any
+    plan: Plan,
+    g: Convolution,
+    grads: Sequence[Any],
+    grad_output: View,
+    input: View,
+    offset: View,
+    weight: View,
+    bias: Any,
+    mask: Any,
 ) -> None:
     grad_input, grad_offset, grad_weight, grad_bias, grad_mask = grads
     grad_input, grad_offset, grad_mask = g.nchw(grad_input, grad_offset, grad_mask)
     grad_output, input, offset, mask = g.nchw(grad_output, input, offset, mask)
     if grad_input is not None and grad_input.size == 0:
         grad_input = None
-    with launch.device(grad_output) as device:
-        call = _Call(g, device, input, offset, mask)
-        of_samples = grad_offset is not None or grad_mask is not None
-        if of_samples or grad_input is not None:
-            turned = call.turned(weight)
-        if grad_weight is not None:
-            totals = device.empty(grad_weight.shape, np.float64)
-        scratch = call.input_rows.bytes(input) + call.output_rows.bytes(grad_output)
-        for images in call.chunks(scratch, grad_input is not None):
+    call = _Call(plan, g, input, offset, mask)
+    of_samples = grad_offset is not None or grad_mask is not None
+    if of_samples or grad_input is not None:
+        turned = call.turned(weight)
+    if grad_weight is not None:
+        totals = plan.empty(grad_weight.shape, np.float64)
+    scratch = call.input_rows.bytes(input) + call.output_rows.bytes(grad_output)
+    for images in call.chunks(scratch, grad_input is not None):
+        with plan.reused():
             rows = call.output_rows.packed(grad_output[images]), call.input_rows.packed(input[images])
             if of_samples:  # sums over c of (weight^T grad_output)[c, k] * value, and * slope * mask
                 call.backward_offset(images, rows, turned, grad_offset, grad_mask)
@@ -91,21 +104,21 @@ def backward(
                 call.backward_weight(images, rows, grad_weight, totals)
             if grad_input is not None:  # weight^T times the sums of grad_output over the samples that touch a pixel
                 call.backward_input(images, rows[0], turned, grad_input[images])
-        if grad_bias is not None:
-            _sum_pixels(device, grad_output, grad_bias)
+    if grad_bias is not None:
+        _sum_pixels(plan, grad_output, grad_bias)
 
 
 class _Rows:
     """How channels lie in packed images (n, H, W, parts, depth): parts of equal size, with zeros up to 16 bytes."""
 
-    def __init__(self, device: Any, parts: int, part: int, itemsize: int) -> None:
-        self.device, self.parts, self.part = device, parts, part
+    def __init__(self, plan: Plan, parts: int, part: int, itemsize: int) -> None:
+        self.plan, self.parts, self.part = plan, parts, part
         self.depth = ceil_div(part, 16 // itemsize) * (16 // itemsize)
 
     def are(self, images: Any, dtype: Any) -> bool:
         """Whether (n, C, H, W) images are packed as they are."""
-        contiguous = images.transpose(0, 2, 3, 1).flags.c_contiguous
-        return bool(self.depth == self.part and contiguous and address(images) % 16 == 0 and images.dtype == dtype)
+        contiguous = images.transpose((0, 2, 3, 1)).is_contiguous
+        return self.depth == self.part and contiguous and images.alignment == 16 and images.dtype == dtype
 
     def bytes(self, images: Any, dtype: Any = None) -> int:
         """What packing takes for one image, as `dtype` if not its own."""
@@ -114,11 +127,11 @@ class _Rows:
 
     def empty(self, images: Any, dtype: Any) -> Any:
         n, _, height, width = images.shape
-        return self.device.empty((n, height, width, self.parts, self.depth), dtype)
+        return self.plan.empty((n, height, width, self.parts, self.depth), dtype)
 
     def packed(self, images: Any) -> Any:
         if images.size == 0:  # nothing is read, but there is an address to count from
-            return self.device.empty((1,), images.dtype)
+            return self.plan.empty((1,), images.dtype)
         if self.are(images, images.dtype):
             return images
         packed = self.empty(images, images.dtype)
@@ -126,15 +139,15 @@ class _Rows:
         grid = ceil_div(n * height * width, 32) * ceil_div(self.parts * self.depth, 32)
         packing = _PACKING(images=n, height=height, width=width, part=self.part, depth=self.depth, parts=self.parts)
         kernel = _kernel("pack", dtypes.name(images))
-        self.device.launch(kernel, grid, (32, _THREADS // 32), images, strides(images), packed, packing)
+        self.plan.launch(kernel, grid, (32, _THREADS // 32), images, strides(images), packed, packing)
         return packed
 
 
 class _Call:
     """How one call is cut into tiles, and its launches."""
 
-    def __init__(self, g: Convolution, device: Any, input: Any, offset: Any, mask: Any) -> None:
-        self.g, self.device = g, device
+    def __init__(self, plan: Plan, g: Convolution, input: View, offset: Any, mask: Any) -> None:
+        self.plan, self.g = plan, g
         self.dtype, self.sums = dtypes.name(input), arithmetic(input)
         self.factors = self.dtype  # of the products
         self.offset, self.mask = offset, mask
@@ -153,34 +166,35 @@ class _Call:
             if self.dtype == "float32" and launch.tf32():
                 self.factors = "tf32"
         self.bundle_outs = g.out_channels // self.bundles
-        self.input_rows = _Rows(device, g.channels // part, part, input.itemsize)
-        self.output_rows = _Rows(device, self.bundles, self.bundle_outs, input.itemsize)
+        self.input_rows = _Rows(plan, g.channels // part, part, input.itemsize)
+        self.output_rows = _Rows(plan, self.bundles, self.bundle_outs, input.itemsize)
 
-    def weights(self, weight: Any) -> Any:
+    def weights(self, weight: View) -> View:
         """(C_out, bundle_parts, taps, depth), or (C_out, taps, C_in / groups) where groups are small."""
         if self.grouped:
             return self._by_tap(weight)
-        part = self.input_rows.part
-        split = weight.reshape(self.g.out_channels, -1, part, self.g.taps)
-        return self._padded(split.transpose(0, 1, 3, 2), self.input_rows.depth)
+        rows = self.input_rows
+        return self._packed(weight, (self.g.out_channels, rows.parts // self.bundles), rows.part, rows.depth)
 
-    def turned(self, weight: Any) -> Any:
+    def turned(self, weight: View) -> View:
         """(parts, part, taps, out_depth), or as `weights` where groups are small."""
         if self.grouped:
             return self._by_tap(weight)
-        by_group = weight.reshape(self.g.groups, self.group_outs, self.group_channels, self.g.taps)
-        return self._padded(by_group.transpose(0, 2, 3, 1), self.output_rows.depth)
+        return self._packed(weight, (self.g.groups, self.group_channels), self.group_outs, self.output_rows.depth, 1)
 
-    def _by_tap(self, weight: Any) -> Any:
-        by_channel = weight.reshape(self.g.out_channels, self.group_channels, self.g.taps)
-        return self.device.xp.ascontiguousarray(by_channel.transpose(0, 2, 1))
+    def _by_tap(self, weight: View) -> View:
+        return self._packed(weight, (self.g.out_channels, 1), self.group_channels, self.group_channels)
 
-    def _padded(self, array: Any, depth: int) -> Any:
-        if array.shape[-1] == depth:
-            return self.device.xp.ascontiguousarray(array)
-        padded = self.device.xp.zeros((*array.shape[:-1], depth), array.dtype)
-        padded[..., : array.shape[-1]] = array
-        return padded
+    def _packed(self, weight: View, rows: tuple[int, int], part: int, depth: int, turned: int = 0) -> View:
+        """(*rows, taps, depth): in each row weights of `part` inputs, or, `turned`, of outs; zeros behind them."""
+        packed = self.plan.empty((*rows, self.g.taps, depth), weight.dtype)
+        if packed.size:
+            packing = _WEIGHT_PACKING(
+                inner_rows=rows[1], taps=self.g.taps, kernel_w=self.g.kernel[1], part=part, depth=depth, turned=turned
+            )
+            kernel = _kernel("pack_weight", self.dtype)
+            self.plan.launch(kernel, math.prod(rows), (_THREADS, 1), weight, strides(weight), packed, packing)
+        return packed
 
     def chunks(self, image_bytes: int, of_input: bool = False) -> Iterator[slice]:
         """Slices of the batch that fit the workspace, at `image_bytes` each, and whose pixels and blocks an int counts.
@@ -209,7 +223,7 @@ class _Call:
         outs = self._tile(self.bundle_outs, parts * self.g.taps * self.input_rows.depth)
         grid = self._pixel_tiles(images) * self.bundles * (self._out_tiles(outs) if outs else 1)
         kernel = _kernel("forward", self.factors, outs)
-        self.device.launch(
+        self.plan.launch(
             kernel, grid, (_THREADS, 1), input, *self._places(images), weight, bias, out, strides(out),
             self._convolution(images),
         )  # fmt: skip
@@ -220,7 +234,7 @@ class _Call:
         """The gradients of offset and mask."""
         grad_offset, grad_mask = (None if grad is None else grad[images] for grad in (grad_offset, grad_mask))
         grid = self._pixel_tiles(images) * self.g.offset_groups * self.g.taps
-        self.device.launch(
+        self.plan.launch(
             _kernel("backward_offset", self.factors, self.grouped), grid, (_THREADS, 1), *rows, *self._places(images),
             turned, grad_offset, strides(grad_offset), grad_mask, strides(grad_mask), self._convolution(images),
         )  # fmt: skip
@@ -231,20 +245,20 @@ class _Call:
         return Segments(g.offset_groups * g.taps, (g.height + 1) * (g.width + 1), g.out_pixels)
 
     def backward_input(self, images: slice, grad_output: Any, turned: Any, grad_input: Any) -> None:
-        g, device, count = self.g, self.device, images.stop - images.start
+        g, plan, count = self.g, self.plan, images.stop - images.start
         convolution, kernels = self._convolution(images), [_kernel(name, self.dtype) for name in ("count", "records")]
         record = sort.record_bytes(self.sums)
-        lists = sort.sort(device, self._segments().times(count), record, *kernels, *self._places(images), convolution)
+        lists = sort.sort(plan, self._segments().times(count), record, *kernels, *self._places(images), convolution)
         outs = self._tile(self.input_rows.part, g.taps * self.output_rows.depth)
         tiles = self.input_rows.parts * (ceil_div(self.input_rows.part, outs) if outs else 1)
         grid = ceil_div(count * g.height * g.width, _ROWS) * tiles
         kernel = _kernel("backward_input", self.factors, outs)
         arguments = grad_output, *lists, turned, grad_input, strides(grad_input)
         # float16 sums over many samples may overflow: the second launch makes those blocks again, scaled down.
-        overflows = device.empty((grid,), np.int32) if self.dtype == "float16" else None
-        device.launch(kernel, grid, (_THREADS, 1), *arguments, overflows, None, convolution)
+        overflows = plan.empty((grid,), np.int32) if self.dtype == "float16" else None
+        plan.launch(kernel, grid, (_THREADS, 1), *arguments, overflows, None, convolution)
         if overflows is not None:
-            device.launch(kernel, grid, (_THREADS, 1), *arguments, None, overflows, convolution)
+            plan.launch(kernel, grid, (_THREADS, 1), *arguments, None, overflows, convolution)
 
     def backward_weight(self, images: slice, rows: tuple[Any, Any], grad_weight: Any, totals: Any) -> None:
         """Adds these images' part to `totals`, or, with the last of them, fills `grad_weight`."""
@@ -260,11 +274,11 @@ class _Call:
         run = min(_RUN, ceil_div(pixels, splits * _ROWS) * _ROWS)
         most = max(1, launch.WORKSPACE // (grad_weight.size * np.dtype(self.sums).itemsize))
         most = min(most, launch.LARGEST_GRID // tiles, ceil_div(pixels, run))
-        partial = self.device.empty((most, grad_weight.size), self.sums)
+        partial = self.plan.empty((most, grad_weight.size), self.sums)
         for first in range(0, pixels, most * run):
             end = min(pixels, first + most * run)
             splits = ceil_div(end - first, run)
-            self.device.launch(
+            self.plan.launch(
                 _kernel("backward_weight", self.factors, self.grouped), splits * tiles, (_THREADS, 1), *rows,
                 *self._places(images), partial, self._convolution(images), _SPLITS(first=first, end=end, run=run),
             )  # fmt: skip
@@ -273,7 +287,7 @@ class _Call:
                 bundle_outs=self.bundle_outs, columns=columns, splits=splits,
                 is_first=images.start == first == 0, is_last=images.stop == g.batch and end == pixels,
             )  # fmt: skip
-            self.device.launch(
+            self.plan.launch(
                 _kernel("add_splits", self.dtype), ceil_div(grad_weight.size, _THREADS), (_THREADS, 1), partial, totals,
                 grad_weight, strides(grad_weight), weights,
             )  # fmt: skip
@@ -322,20 +336,20 @@ def _kernel(name: str, dtype: str, *arguments: int) -> Kernel:
     return Kernel(_SOURCES.get(name, "deform_conv2d_backward"), f"deform_conv2d_{name}<{template}>")
 
 
-def _sum_pixels(device: Any, images: Any, sums: Any) -> None:
+def _sum_pixels(plan: Plan, images: View, sums: View) -> None:
     """sums (C,) = those over all pixels of images (n, C, H, W): each thread block's own, and then over the blocks."""
     n, channels, height, width = images.shape
     channels_last = images.strides[1] == images.itemsize
     by_channel, by_pixel = (32, _THREADS // 32), (1, _THREADS)  # threads along channels, and along pixels
     block = by_channel if channels_last else by_pixel
     tiles = ceil_div(n * height * width, _SUMMANDS * block[1])
-    partial = device.empty((tiles, channels), np.float64)
+    partial = plan.empty((tiles, channels), np.float64)
 
-    def add(images: Any, summands: int, block: tuple[int, int], tiles: int, sums: Any) -> None:
+    def add(images: View, summands: int, block: tuple[int, int], tiles: int, sums: View) -> None:
         n, channels, height, width = images.shape
         pixels = _PIXELS(images=n, channels=channels, height=height, width=width, summands=summands)
         kernel = _pixel_sums(dtypes.name(images), dtypes.name(sums))
-        device.launch(kernel, tiles * ceil_div(channels, block[0]), block, images, strides(images), sums, pixels)
+        plan.launch(kernel, tiles * ceil_div(channels, block[0]), block, images, strides(images), sums, pixels)
 
     add(images, _SUMMANDS, block, tiles, partial)
     add(partial.T[None, :, None], tiles, by_channel, 1, sums)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ import numpy as np
 from .. import launch, sources
 from ..dtypes import DTYPES, arithmetic
 from ..geometry import RoIPooling, ceil_div
-from ..launch import Kernel, address, ctype, strides
+from ..launch import ctype, strides
+from ..plan import Kernel, Plan, View
 from . import sort
 from .sort import Segments
 
@@ -48,48 +50,56 @@ def kernels() -> list[Kernel]:
     ]
 
 
-def forward(g: RoIPooling, out: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None) -> None:
-    with launch.device(out) as device:
-        positions = _positions(device, input, rois, offset, mask)
-        _launch(device, g, "pool", input, input, strides(input), *positions, out, strides(out))
+def forward(
+    plan: Plan, g: RoIPooling, outs: Sequence[View], input: View, rois: View, offset: Any = None, mask: Any = None
+) -> None:
+    (out,) = outs
+    positions = _positions(plan, input, rois, offset, mask)
+    _launch(plan, g, "pool", input, input, strides(input), *positions, out, strides(out))
 
 
 def backward(
-    g: RoIPooling, grads: Any, grad_output: Any, input: Any, rois: Any, offset: Any = None, mask: Any = None
+    plan: Plan,
+    g: RoIPooling,
+    grads: Sequence[Any],
+    grad_output: View,
+    input: View,
+    rois: View,
+    offset: Any = None,
+    mask: Any = None,
 ) -> None:
     grad_input, _, grad_offset, grad_mask = (*grads, None, None)[:4]
-    with launch.device(grad_output) as device:
-        positions = _positions(device, input, rois, offset, mask)
-        gradient = grad_output, strides(grad_output)
-        if grad_input is not None and grad_input.size > 0:
-            # a bin's gradient / divisor * mask, times its samples' weights, to their pixels
-            _backward_input(device, g, grad_input, *gradient, *positions)
-        if grad_offset is not None or grad_mask is not None:  # a bin's own, which parts of several bins add up
-            bins = (g.rois, 2 * g.classes, *g.output_size)
-            offset_sums = None if grad_offset is None else _sums(device, input, grad_offset, bins)
-            mask_sums = None if grad_mask is None else _sums(device, input, grad_mask, grad_mask.shape)
-            _launch(
-                device, g, "pool_backward_offset", input,
-                *gradient, input, strides(input), *positions, offset_sums, mask_sums,
-            )  # fmt: skip
-            if grad_offset is not offset_sums:
-                grad_offset[...] = _by_part(device, g, offset_sums)
-            if grad_mask is not mask_sums:
-                grad_mask[...] = mask_sums
+    positions = _positions(plan, input, rois, offset, mask)
+    gradient = grad_output, strides(grad_output)
+    if grad_input is not None and grad_input.size > 0:
+        # a bin's gradient / divisor * mask, times its samples' weights, to their pixels
+        _backward_input(plan, g, grad_input, *gradient, *positions)
+    if grad_offset is not None or grad_mask is not None:  # a bin's own, which parts of several bins add up
+        bins = (g.rois, 2 * g.classes, *g.output_size)
+        offset_sums = None if grad_offset is None else _sums(plan, input, grad_offset, bins)
+        mask_sums = None if grad_mask is None else _sums(plan, input, grad_mask, grad_mask.shape)
+        _launch(
+            plan, g, "pool_backward_offset", input,
+            *gradient, input, strides(input), *positions, offset_sums, mask_sums,
+        )  # fmt: skip
+        if offset_sums is not None and grad_offset is not offset_sums:
+            _add_parts(plan, g, grad_offset, offset_sums)
+        if mask_sums is not None and grad_mask is not mask_sums:
+            plan.copy(grad_mask, mask_sums)
 
 
-def _positions(device: Any, input: Any, *tensors: Any) -> list[Any]:
+def _positions(plan: Plan, input: View, *tensors: Any) -> list[Any]:
     """rois, offset and mask: contiguous, of the type of positions and sums. Those that are so are not copied."""
     dtype = arithmetic(input)
-    return [None if t is None else device.xp.ascontiguousarray(t, dtype) for t in tensors]
+    return [None if t is None else plan.contiguous(t, dtype) for t in tensors]
 
 
-def _channels_last(g: RoIPooling, image: Any) -> bool:
+def _channels_last(g: RoIPooling, image: View) -> bool:
     """Whether neighbouring threads go to neighbouring channels; those of a bin are no neighbours if it has a group."""
     return g.group_size == (1, 1) and g.channels > 1 and image.strides[1] == image.itemsize
 
 
-def _backward_input(device: Any, g: RoIPooling, grad_input: Any, *args: Any) -> None:
+def _backward_input(plan: Plan, g: RoIPooling, grad_input: View, *args: Any) -> None:
     """Sorts the bins of some classes at a time, and gathers from them. `args`: grad_output, its strides, positions."""
     dtype = arithmetic(grad_input)
     grad_output, grad_output_strides, *positions = args
@@ -107,12 +117,13 @@ def _backward_input(device: Any, g: RoIPooling, grad_input: Any, *args: Any) -> 
         classes = min(step, g.classes - first)
         some = _PLANES(cells=cells, first_class=first, classes=classes)
         arguments = *positions, grad_output_strides, pooling, some
-        lists = sort.sort(device, a_class.times(classes), record, *kernels, *arguments)
-        device.launch(
-            _kernel("pool_backward_input", ctype(grad_input), g.kind), classes * blocks,
-            (_TILE * _TILE * _SLICES, 1), grad_output, grad_output_strides, *lists, grad_input, strides(grad_input),
-            pooling, some,
-        )  # fmt: skip
+        with plan.reused():
+            lists = sort.sort(plan, a_class.times(classes), record, *kernels, *arguments)
+            plan.launch(
+                _kernel("pool_backward_input", ctype(grad_input), g.kind), classes * blocks,
+                (_TILE * _TILE * _SLICES, 1), grad_output, grad_output_strides, *lists, grad_input, strides(grad_input),
+                pooling, some,
+            )  # fmt: skip
 
 
 def _grid_cells(height: int, width: int) -> int:
@@ -125,36 +136,40 @@ def _grid_cells(height: int, width: int) -> int:
         size *= 2
 
 
-def _vector(g: RoIPooling, input: Any) -> int:
+def _vector(g: RoIPooling, input: View) -> int:
     """How many neighbouring channels a thread reads at once: 16 bytes, if all pixels and classes allow it, else one."""
     vector = 16 // input.itemsize
     channels = g.out_channels // g.classes
-    aligned = _channels_last(g, input) and channels % vector == 0 and address(input) % 16 == 0
+    aligned = _channels_last(g, input) and channels % vector == 0 and input.alignment == 16
     return vector if aligned and all(stride % 16 == 0 for stride in input.strides[::2] + input.strides[3:]) else 1
 
 
-def _sums(device: Any, input: Any, grad: Any, shape: tuple[int, ...]) -> Any:
+def _sums(plan: Plan, input: View, grad: View, shape: tuple[int, ...]) -> View:
     """`grad` itself, if the kernel can write to it."""
     dtype = arithmetic(input)
-    if grad.dtype == dtype and grad.shape == shape and grad.flags.c_contiguous:
-        return grad
-    return device.empty(shape, dtype)
+    return grad if grad.dtype == dtype and grad.shape == shape and grad.is_contiguous else plan.empty(shape, dtype)
 
 
-def _by_part(device: Any, g: RoIPooling, bins: Any) -> Any:
-    """The sums over each part's bins, in float64 and always in one order."""
+def _add_parts(plan: Plan, g: RoIPooling, grad: View, bins: View) -> None:
+    """grad = the sums over each part's bins, in float64 and always in one order."""
     if g.part_size == g.output_size:
-        return bins
-    rows = device.xp.zeros((*bins.shape[:2], g.part_size[0], g.output_size[1]), np.float64)
-    parts = device.xp.zeros((*bins.shape[:2], *g.part_size), np.float64)
-    for row in range(g.output_size[0]):
-        rows[:, :, row * g.part_size[0] // g.output_size[0]] += bins[:, :, row]
-    for column in range(g.output_size[1]):
-        parts[..., column * g.part_size[1] // g.output_size[1]] += rows[..., column]
-    return parts
+        plan.copy(grad, bins)
+        return
+    # along one axis, and then along the other
+    rows = plan.zeros((*bins.shape[:2], g.part_size[0], g.output_size[1]), np.float64)
+    parts = plan.zeros((*bins.shape[:2], *g.part_size), np.float64)
+
+    def add(grad: Any, bins: Any, rows: Any, parts: Any) -> None:
+        for row in range(g.output_size[0]):
+            rows[:, :, row * g.part_size[0] // g.output_size[0]] += bins[:, :, row]
+        for column in range(g.output_size[1]):
+            parts[..., column * g.part_size[1] // g.output_size[1]] += rows[..., column]
+        grad[...] = parts
+
+    plan.run(add, grad, bins, rows, parts)
 
 
-def _launch(device: Any, g: RoIPooling, name: str, input: Any, *args: Any) -> None:
+def _launch(plan: Plan, g: RoIPooling, name: str, input: View, *args: Any) -> None:
     channels, channels_last, vector = g.out_channels // g.classes, _channels_last(g, input), _vector(g, input)
     # `slab`: how many channels of a bin a thread sums in all; `alone`: how many before another thread joins in
     if name == "pool":
@@ -173,10 +188,9 @@ def _launch(device: Any, g: RoIPooling, name: str, input: Any, *args: Any) -> No
     pooling = _pooling(g, channels_last=channels_last, tiles=tiles, slabs=slabs)
     block = (lanes, bins) if channels_last else (bins, lanes)
     kernel = _kernel(name, ctype(input), g.kind, vector)
-    device.launch(kernel, grid, block, *args, pooling)
+    plan.launch(kernel, grid, block, *args, pooling)
 
 
-@functools.lru_cache(maxsize=1024)
 def _pooling(g: RoIPooling, **launched: Any) -> np.ndarray:
     return _POOLING(
         spatial_scale=g.spatial_scale, offset_unit=g.offset_unit,

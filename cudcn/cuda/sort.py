@@ -10,7 +10,7 @@ import numpy as np
 from .. import launch, sources
 from ..check import LARGEST
 from ..geometry import ceil_div
-from ..launch import Kernel
+from ..plan import Kernel, Plan, View
 
 _THREADS = sources.constant("sort.cuh", "SORTERS")
 _COUNTED = sources.constant("sort.cuh", "COUNTED")
@@ -61,34 +61,35 @@ def record_bytes(dtype: Any) -> int:
 
 
 def sort(
-    device: Any, segments: Segments, record: int, count: Kernel, write: Kernel, *arguments: Any
-) -> tuple[Any, Any]:
+    plan: Plan, segments: Segments, record: int, count: Kernel, write: Kernel, *arguments: Any
+) -> tuple[View, View]:
     """`starts` and the records, of `record` bytes each.
 
     The kernels `count` and `write` take these arguments, and then those of count_samples and write_records.
     """
     cells, samples = segments.cells, segments.samples
     most_long = samples // (_COUNTED + 1)
-    zeros = device.xp.zeros((cells + 1 + 1 + most_long,), np.int32)
+    zeros = plan.zeros((cells + 1 + 1 + most_long,), np.int32)
     starts, long_lists = zeros[: cells + 1], zeros[cells + 1 :]
-    cell_of, order = (device.empty((samples,), np.int32) for _ in range(2))
-    records = device.empty((samples * record // 4,), np.int32)
-    scanned = ceil_div(cells, _SCANNED)
-    totals = device.empty((scanned,), np.int32)
+    records = plan.empty((samples * record // 4,), np.int32)
 
-    def run(kernel: Kernel, grid: int, *args: Any) -> None:
-        device.launch(kernel, grid, (_THREADS, 1), *args)
+    def launch(kernel: Kernel, grid: int, *args: Any) -> None:
+        plan.launch(kernel, grid, (_THREADS, 1), *args)
 
-    each_sample = ceil_div(samples, _THREADS)
-    run(count, each_sample, *arguments, np.int32(samples), cell_of, starts)
-    run(_kernel("totals"), scanned, starts[1:], np.int32(cells), totals)
-    run(_kernel("scan"), 1, totals, np.int32(scanned), np.int32(scanned), None, None)
-    run(_kernel("scan"), scanned, starts[1:], np.int32(cells), np.int32(_SCANNED), totals, long_lists)
-    run(_kernel("fill"), each_sample, cell_of, np.int32(samples), starts, order)
-    sizes = np.int32(segments.segment_cells), np.int32(segments.segment_samples)
-    spare = records[:samples]  # which the blocks of the lists write, before there are records
-    run(_kernel("long"), min(most_long + 1, _BLOCKS), long_lists, starts, *sizes, order, spare)
-    run(write, each_sample, *arguments, np.int32(cells), cell_of, starts, order, records)
+    with plan.reused():
+        cell_of, order = (plan.empty((samples,), np.int32) for _ in range(2))
+        scanned = ceil_div(cells, _SCANNED)
+        totals = plan.empty((scanned,), np.int32)
+        each_sample = ceil_div(samples, _THREADS)
+        launch(count, each_sample, *arguments, np.int32(samples), cell_of, starts)
+        launch(_kernel("totals"), scanned, starts[1:], np.int32(cells), totals)
+        launch(_kernel("scan"), 1, totals, np.int32(scanned), np.int32(scanned), None, None)
+        launch(_kernel("scan"), scanned, starts[1:], np.int32(cells), np.int32(_SCANNED), totals, long_lists)
+        launch(_kernel("fill"), each_sample, cell_of, np.int32(samples), starts, order)
+        sizes = np.int32(segments.segment_cells), np.int32(segments.segment_samples)
+        spare = records[:samples]  # which the blocks of the lists write, before there are records
+        launch(_kernel("long"), min(most_long + 1, _BLOCKS), long_lists, starts, *sizes, order, spare)
+        launch(write, each_sample, *arguments, np.int32(cells), cell_of, starts, order, records)
     return starts, records
 
 

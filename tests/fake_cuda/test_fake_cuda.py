@@ -17,6 +17,7 @@ from cases.case import Case, Tensors
 
 import fake_cuda
 from cudcn import launch
+from cudcn.plan import Launch, Plan
 from fake_cuda import ALLOCATING, STREAMED, WAITING, build, launches, noted_calls, run_by_turns
 
 pytestmark = pytest.mark.gpu
@@ -156,7 +157,11 @@ def test_capture_into_a_graph(case: Case, which: str) -> None:
 def test_arguments_are_as_large_as_the_cubin_says(case: Case, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[int]] = []
     taken: list[list[int]] = []
-    _spy(monkeypatch, launch._Cuda, "launch", lambda _, kernel, grid, block, *args: given.append([*map(_size, args)]))
+
+    def see(_: Any, plan: Plan, device: int) -> None:
+        given.extend([*map(_size, step.arguments)] for step in plan.steps if isinstance(step, Launch))
+
+    _spy(monkeypatch, launch._Prepared, "__init__", see)
     _spy(monkeypatch, launches, "_run_emulated", lambda name, launched, values: taken.append([*map(len, values)]))
     passing(which, case, *on_device(case))
     fake_cuda.synchronize()
