@@ -204,11 +204,16 @@ def runs_kernels(array: Any) -> bool:
     return device == "emulator"
 
 
-def on_device(array: Any) -> Any:
-    """A context in which a CuPy array's device is the current one."""
-    if isinstance(array, np.ndarray) or array.data.device_id == cupy().cuda.runtime.getDevice():
+def device_of(array: Any) -> int | None:
+    """The number of a CuPy array's device; None for a NumPy array."""
+    return None if isinstance(array, np.ndarray) else array.data.device_id
+
+
+def on_device(device: int | None) -> Any:
+    """A context in which this is the current CUDA device."""
+    if device is None or device == cupy().cuda.runtime.getDevice():
         return _NOTHING
-    return array.device
+    return cupy().cuda.Device(device)
 
 
 def empty_like(array: Any, shape: tuple[int, ...]) -> Any:

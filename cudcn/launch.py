@@ -11,8 +11,9 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -70,17 +71,42 @@ def run(
 
     Each may be None. `layouts` are the CuPy tensors', if they are known.
     """
-    first = tensors[0]
+    first, arrays = tensors[0], [*outs, *tensors]
     on_cpu = isinstance(first, np.ndarray)
     if on_cpu or layouts is None:
         layouts = _layouts(tensors)
-    # all that a plan follows from, beside this package's constants
     call = make, geometry, _layouts(outs), layouts, first.dtype == np.float32 and tf32()
     if on_cpu:
         with np.errstate(all="ignore"):  # NaN and infinity pass through, as on a GPU
-            _emulated().run(_planned(*call), [*outs, *tensors])
+            _emulated().run(_planned(*call), arrays)
     else:
-        _prepared(first.data.device_id, *call).run([*outs, *tensors])
+        import cupy
+
+        addresses = [0 if array is None else array.data.ptr for array in arrays]
+        run_at(call, addresses, first.data.device_id, cupy.cuda.get_current_stream().ptr, _cupys_memory)
+
+
+def run_at(
+    call: tuple[Any, ...], addresses: Sequence[int], device: int, stream: int, allocate: Callable[[int], Memory]
+) -> None:
+    """`run` for any memory of the device, which is the current one.
+
+    `call` is all that a plan follows from: `make`, `geometry`, layouts of the outs and of the tensors, as tuples of a
+    `Layout`'s fields, and whether TF32 is allowed. `allocate` makes memory for what is launched into `stream`.
+    """
+    _prepared(device, *call).run(addresses, stream, allocate)
+
+
+class Memory(NamedTuple):
+    address: int
+    owner: Any
+
+
+def _cupys_memory(size: int) -> Memory:
+    import cupy
+
+    memory = cupy.cuda.alloc(size)
+    return Memory(memory.ptr, memory)
 
 
 def _layouts(arrays: Sequence[Any]) -> Any:
@@ -170,7 +196,6 @@ class _Prepared:
         if np.lib.NumpyVersion(np.__version__) < "2.1.2" and any(v and v.dtype == "bfloat16" for v in plan.tensors):
             raise ImportError(f"bfloat16 CuPy arrays need NumPy 2.1.2 or later, this is {np.__version__}")
         self._cupy, self._device = cupy, device
-        self._tensors = len(plan.tensors)
         self._scratch, self._scratch_bytes = [scratch.offset for scratch in plan.scratch], plan.scratch_bytes
         self._numbers: dict[tuple[int, int], int] = {}  # of each address: a buffer, and an offset in it
         for view in (view for step in plan.steps for view in step.views):
@@ -181,23 +206,20 @@ class _Prepared:
         self._steps = [self._step(step) for step in plan.steps]
         self._idle: list[tuple[np.ndarray, np.ndarray, int]] = []  # values and table that no thread launches with
 
-    def run(self, arrays: Sequence[Any]) -> None:
-        bases = [0 if array is None else array.data.ptr for array in arrays]
-        memory = None
+    def run(self, addresses: Sequence[int], stream: int, allocate: Callable[[int], Memory]) -> None:
+        bases = [*addresses]
         if self._scratch:
-            memory = self._cupy.cuda.alloc(self._scratch_bytes)
-            first = memory.ptr
-            bases += [first + offset for offset in self._scratch]
-        addresses = [bases[buffer] + offset for buffer, offset in self._numbers]
+            memory = allocate(self._scratch_bytes)  # goes back when this returns: its next user's work comes after ours
+            bases += [memory.address + offset for offset in self._scratch]
+        places = [bases[buffer] + offset for buffer, offset in self._numbers]
         try:
             own = self._idle.pop()
         except IndexError:
             own = self._written()
         values, _, table = own
-        self._pack(values.data, 0, *addresses)
-        stream = self._cupy.cuda.get_current_stream().ptr
+        self._pack(values.data, 0, *places)
         for step in self._steps:
-            step(stream, table, addresses, arrays, memory)
+            step(stream, table, places)
         self._idle.append(own)
 
     def _written(self) -> tuple[np.ndarray, np.ndarray, int]:
@@ -206,32 +228,45 @@ class _Prepared:
         return values, table, table.ctypes.data
 
     def _step(self, step: Step) -> Callable[..., Any]:
-        """A function of a call's stream, its table's address, all addresses, its arrays and its scratch memory."""
+        """A function of a call's stream, the address of its table, and the places that the plan's views begin at."""
+        cuda = self._cupy.cuda
         if isinstance(step, Run):
-            function, views = step
-            return lambda stream, table, addresses, *memory: function(*[self._array(view, *memory) for view in views])
+            return partial(self._run, step)
         if isinstance(step, Zero):
-            number, size = self._numbers[step.view.buffer, step.view.offset], step.view.nbytes
-            memset = self._cupy.cuda.runtime.memsetAsync
-            return lambda stream, table, addresses, *memory: memset(addresses[number], 0, size, stream)
+            number, size = self._number(step.view), step.view.nbytes
+            return lambda stream, table, places: cuda.runtime.memsetAsync(places[number], 0, size, stream)
         kernel, grid, (x, y), arguments = step
         loaded = compiled(kernel, self._device).kernel
-        launch, first = self._cupy.cuda.driver.launchKernel, _WORD * len(self._places)
+        launch, first = cuda.driver.launchKernel, _WORD * len(self._places)
         self._places += map(self._place, arguments)
-        return lambda stream, table, *_: launch(loaded.ptr, grid, 1, 1, x, y, 1, 0, stream, table + first, 0)
+        return lambda stream, table, places: launch(loaded.ptr, grid, 1, 1, x, y, 1, 0, stream, table + first, 0)
+
+    def _run(self, step: Run, stream: int, table: int, places: Sequence[int]) -> None:
+        cupy, arrays = self._cupy, []
+        for view in step.views:
+            memory = cupy.cuda.UnownedMemory(places[self._number(view)], view.nbytes, None, self._device)
+            pointer = cupy.cuda.MemoryPointer(memory, 0)
+            arrays.append(cupy.ndarray(view.shape, view.dtype, pointer, view.strides))
+        with on_stream(stream):
+            step.function(*arrays)
+
+    def _number(self, view: View) -> int:
+        return self._numbers[view.buffer, view.offset]
 
     def _place(self, argument: Any) -> int:
         if isinstance(argument, View):
-            return _WORD * self._numbers[argument.buffer, argument.offset]
+            return _WORD * self._number(argument)
         self._values.extend(bytes(-len(self._values) % ALIGNMENT))
         place = len(self._values)
         self._values.extend(bytes(_WORD) if argument is None else argument.tobytes())
         return place
 
-    def _array(self, view: View, arrays: Sequence[Any], memory: Any) -> Any:
-        number = view.buffer - self._tensors
-        base = arrays[view.buffer].data if number < 0 else memory + self._scratch[number]
-        return self._cupy.ndarray(view.shape, view.dtype, base + view.offset, view.strides)
+
+def on_stream(stream: int) -> Any:
+    """A context in which CuPy works on a stream of another library, of the current device."""
+    import cupy
+
+    return cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, stream)))
 
 
 @functools.cache

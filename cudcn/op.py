@@ -93,7 +93,7 @@ class Op:
             tensors = tuple([dispatch.array(self.name, name, tensor) for name, tensor in given])
             geometry = self.known_geometry(specs(tensors), **attributes)
             self._remember(signature, geometry)
-        with dispatch.on_device(tensors[0]):
+        with dispatch.on_device(dispatch.device_of(tensors[0])):
             out = dispatch.empty_like(tensors[0], geometry.output.shape)
             self.forward(geometry, out, *tensors, layouts=signature and signature[0])
         return out
@@ -115,7 +115,7 @@ class Op:
             self._remember(signature, geometry)
         grad_output, *arrays = tensors
         wanted = zip(arrays, self.differentiable(arrays), strict=True)
-        with dispatch.on_device(grad_output):
+        with dispatch.on_device(dispatch.device_of(grad_output)):
             grads = [dispatch.empty_like(a, a.shape) if want else None for a, want in wanted]
             self.backward(geometry, grads, grad_output, *arrays, layouts=signature and signature[0])
         return self.gradients(*grads)

@@ -19,7 +19,6 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ except ImportError as error:
         f'cudcn.jax needs the package {package}, which pip install "cudcn[jax]" brings ({error})', name=error.name
     ) from error
 
-from cudcn import dispatch
+from cudcn import dispatch, launch
 from cudcn.dtypes import DTYPES
 from cudcn.op import Op, specs, spread
 
@@ -184,8 +183,7 @@ def _device(device: Any, stream: int) -> Any:
         return
     cupy = dispatch.cupy()
 
-    external = cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, stream)))
-    with cupy.cuda.Device(device.index), external:
+    with cupy.cuda.Device(device.index), launch.on_stream(stream):
         yield
 
 

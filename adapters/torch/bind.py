@@ -10,7 +10,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from cudcn import dispatch, launch
 from cudcn.cpu import parallel
 from cudcn.op import Op, specs, spread
+from cudcn.plan import ALIGNMENT
 
 from .transforms import call, call_backward, derive
 
@@ -105,17 +105,28 @@ def _register(
 
 def _forward(op: Op, *arguments: Any) -> torch.Tensor:
     geometry, output = _empty_output(op, op.known_geometry, arguments)
-    with _arrays(output, *arguments[: len(op.tensors)]) as arrays:
-        op.forward(geometry, *arrays)
+    tensors = arguments[: len(op.tensors)]
+    if output.device.type == "cpu":
+        with _threads_and_tf32():
+            op.forward(geometry, *map(_numpy_view, (output, *tensors)))
+    elif output.numel():
+        _launch(op.cuda.forward, geometry, [output], tensors)
     return output
 
 
 def _backward(op: Op, *arguments: Any) -> list[torch.Tensor]:
     geometry, grads = _empty_grads(op, op.known_geometry, arguments)
-    count = len(op.backward_tensors)
-    with _arrays(*arguments[:count], *grads) as arrays:
-        op.backward(geometry, arrays[count:], *arrays[:count])
-    return [grad for grad in grads if grad is not None]
+    tensors = arguments[: len(op.backward_tensors)]
+    found = [grad for grad in grads if grad is not None]
+    if tensors[0].device.type == "cpu":
+        with _threads_and_tf32():
+            op.backward(geometry, [*map(_numpy_view, grads)], *map(_numpy_view, tensors))
+    elif not tensors[0].numel():
+        for grad in found:
+            grad.zero_()
+    elif found:
+        _launch(op.cuda.backward, geometry, grads, tensors)
+    return found
 
 
 # These take `geometry`, not `known_geometry`: symbolic shapes must not be remembered, as what holds of them is a guard
@@ -171,21 +182,38 @@ def _refuse(name: str, names: Iterable[str], *arguments: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _arrays(first: torch.Tensor, *others: torch.Tensor | None) -> Any:
-    """NumPy or CuPy views of the tensors; meanwhile torch's threads, TF32, stream and memory are ours too."""
-    device = first.device
-    if device.type == "cpu":
-        with parallel.limit(torch.get_num_threads()), launch.allow_tf32(_tf32()):
-            yield [None if t is None else _numpy_view(t) for t in (first, *others)]
-        return
-    cupy = dispatch.cupy()
+def _threads_and_tf32() -> Any:
+    """Torch's are ours too."""
+    with parallel.limit(torch.get_num_threads()), launch.allow_tf32(_tf32()):
+        yield
 
+
+def _launch(make: Callable[..., None], geometry: Any, outs: Sequence[Any], tensors: Sequence[Any]) -> None:
+    """On torch's stream, and in its memory: what CuPy's own pool kept would be lost to torch."""
+    device = tensors[0].device
+    arrays = [*outs, *tensors]
+    # by address: a CuPy array for each would take longer than the launch; the dispatcher has resolved lazy negation
+    addresses = [0 if t is None else t.data_ptr() for t in arrays]
+    layouts = [_layout(t, address) for t, address in zip(arrays, addresses, strict=True)]
+    tf32 = tensors[0].dtype == torch.float32 and _tf32()
+    call = make, geometry, tuple(layouts[: len(outs)]), tuple(layouts[len(outs) :]), tf32
     stream = torch.cuda.current_stream(device).cuda_stream
-    external = cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, stream)))
-    # one pool for both: memory that CuPy's own pool kept would be lost to torch
-    memory = partial(_torch_memory, device)
-    with cupy.cuda.Device(device.index), external, cupy.cuda.using_allocator(memory), launch.allow_tf32(_tf32()):
-        yield [None if t is None else _cupy_view(t) for t in (first, *others)]
+    with dispatch.on_device(device.index):
+        launch.run_at(call, addresses, device.index, stream, partial(_memory, device))
+
+
+def _layout(tensor: torch.Tensor | None, address: int) -> tuple[Any, ...] | None:
+    """The fields of plan.Layout."""
+    if tensor is None:
+        return None
+    size = tensor.element_size()
+    strides = tuple([size * stride for stride in tensor.stride()])
+    return tuple(tensor.shape), strides, _numpy_dtype(tensor.dtype), address % ALIGNMENT
+
+
+def _memory(device: torch.device, size: int) -> launch.Memory:
+    memory = torch.empty(size, dtype=torch.uint8, device=device)
+    return launch.Memory(memory.data_ptr(), memory)
 
 
 def _tf32() -> bool:
@@ -194,19 +222,12 @@ def _tf32() -> bool:
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
-def _numpy_view(tensor: torch.Tensor) -> Any:
+def _numpy_view(tensor: torch.Tensor | None) -> Any:
+    if tensor is None:
+        return None
     if tensor.dtype == torch.bfloat16:  # which torch does not hand to NumPy
         return tensor.detach().view(torch.int16).numpy().view(_numpy_dtype(torch.bfloat16))
     return tensor.detach().numpy()
-
-
-def _cupy_view(tensor: torch.Tensor) -> Any:
-    """By address: from_dlpack would cost more and ask for streams; the dispatcher has resolved lazy negation."""
-    cupy = dispatch.cupy()
-
-    size = tensor.element_size()
-    strides = tuple(size * stride for stride in tensor.stride())
-    return cupy.ndarray(tuple(tensor.shape), _numpy_dtype(tensor.dtype), _pointer(tensor), strides)
 
 
 @functools.cache
@@ -219,17 +240,3 @@ def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
             raise ImportError(f"bfloat16 tensors need ml_dtypes: pip install ml_dtypes ({error})") from error
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(str(dtype).removeprefix("torch."))
-
-
-def _torch_memory(device: torch.device, size: int) -> Any:
-    """CuPy's allocator: torch's caching one, on torch's current stream."""
-    return _pointer(torch.empty(size, dtype=torch.uint8, device=device))
-
-
-def _pointer(tensor: torch.Tensor) -> Any:
-    """Names the device, since an empty tensor's null address cannot tell it, and keeps the tensor alive."""
-    cupy = dispatch.cupy()
-
-    size = tensor.untyped_storage().nbytes() if tensor.numel() else 0
-    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), size, tensor, tensor.device.index)
-    return cupy.cuda.MemoryPointer(memory, 0)
