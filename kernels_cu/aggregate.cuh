@@ -15,6 +15,7 @@
 // queries, whose samples share cache lines in L1 as far as the offsets allow.
 #pragma once
 #include "bilinear.cuh"
+#include "divisor.cuh"
 #include "sum.cuh"
 #include "vector.cuh"
 
@@ -23,13 +24,6 @@ constexpr unsigned ALL = 0xffffffffu;
 
 constexpr int HELD = 144;  // floats' samples that a warp holds: 16 rows of 9
 template <typename A> constexpr int CAPACITY = HELD * 4 / int(sizeof(A));
-
-// n / d for 0 <= n < 2**31: with shift = ceil(log2(d)), multiplier = ceil(2**(31 + shift) / d).
-struct Divisor {
-  unsigned multiplier, shift;
-
-  __device__ __forceinline__ unsigned operator()(unsigned n) const { return __umulhi(n + n, multiplier) >> shift; }
-};
 
 // One launch, steps in elements; cudcn/cuda/aggregate.py writes it.
 struct Aggregate {

@@ -69,6 +69,7 @@ deform_conv2d_forward(const T *__restrict__ input, const void *__restrict__ offs
 // ---- layouts
 
 struct Packing {
+  Divisor plane_of, width_of, depth_of;  // by an image's pixels, a row's, and a part's channels with zeros
   int images, height, width, part, depth, parts;
 };
 
@@ -79,20 +80,22 @@ __global__ void __launch_bounds__(THREADS)
 deform_conv2d_pack(const T *__restrict__ images, Strides strides, T *__restrict__ packed, Packing p) {
   SMEM(T, tile, [32][33]);
   const int row = p.parts * p.depth, tiles = (row + 31) / 32, x = int(threadIdx.x);
-  const long long first = (long long)(int(blockIdx.x) / tiles) * 32, pixels = (long long)p.images * p.height * p.width;
-  const int begin = int(blockIdx.x) % tiles * 32;
-  const long long number = first + x;
-  const int image = int(number / ((long long)p.height * p.width));
-  const long long inside = number % ((long long)p.height * p.width);
-  const T *from = images + image * strides.n + inside / p.width * strides.y + inside % p.width * strides.x;
-  for (int y = int(threadIdx.y); y < 32; y += int(blockDim.y)) {
-    const int part = (begin + y) / p.depth, in_part = (begin + y) % p.depth;
+  const int pixel_tile = int(blockIdx.x) / tiles, begin = (int(blockIdx.x) - pixel_tile * tiles) * 32;
+  const long long plane = (long long)p.height * p.width, pixels = p.images * plane;
+  const long long first = (long long)pixel_tile * 32, number = first + x;
+  const bool few = pixels < 1LL << 31;
+  const long long image = few ? p.plane_of(unsigned(number)) : number / plane, inside = number - image * plane;
+  const long long line = few ? p.width_of(unsigned(inside)) : inside / p.width;
+  const T *from = images + image * strides.n + line * strides.y + (inside - line * p.width) * strides.x;
+  for (int y = int(threadIdx.y); y < 32; y += THREADS / 32) {
+    const int part = int(p.depth_of(begin + y)), in_part = begin + y - part * p.depth;
     const bool valid = number < pixels && part < p.parts && in_part < p.part;
     tile[y][x] = valid ? from[(part * p.part + in_part) * strides.c] : T(0.0f);
   }
   __syncthreads();
-  for (int y = int(threadIdx.y); y < 32; y += int(blockDim.y)) {
-    if (first + y < pixels && begin + x < row) packed[(first + y) * row + begin + x] = tile[x][y];
+  T *to = packed + (first * row + begin + x);
+  for (int y = int(threadIdx.y); y < 32; y += THREADS / 32) {
+    if (first + y < pixels && begin + x < row) to[(long long)y * row] = tile[x][y];
   }
 }
 

@@ -14,6 +14,7 @@
 // that their channels, and their outs, fill at most one step of k; then weight and turned are (C_out, taps, Cg),
 // without zeros.
 #pragma once
+#include "divisor.cuh"
 #include "sum.cuh"
 #include "tile.cuh"
 

@@ -325,6 +325,7 @@ deform_conv2d_add_splits(const arithmetic_t<T> *__restrict__ partial, double *__
 // ---- bias
 
 struct Pixels {
+  Divisor plane_of, width_of;  // by an image's pixels, and a row's
   int images, channels, height, width;
   int summands;  // of each thread
 };
@@ -348,11 +349,12 @@ deform_conv2d_backward_bias(const T *__restrict__ grad_output, Strides strides, 
     long long image = first / pixels;
     int pixel = int(first % pixels);
     for (int i = 0; i < p.summands && image < p.images; ++i) {
-      const int y = pixel / p.width, x = pixel % p.width;
+      const int y = int(p.width_of(pixel)), x = pixel - y * p.width;
       sum += arithmetic_t<T>(grad_output[image * strides.n + channel * strides.c + y * strides.y + x * strides.x]);
       pixel += int(blockDim.y);
-      image += pixel / pixels;
-      pixel %= pixels;
+      const int images = int(p.plane_of(pixel));
+      image += images;
+      pixel -= images * pixels;
     }
   }
   partial[thread] = sum;

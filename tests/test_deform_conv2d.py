@@ -206,6 +206,7 @@ class TestEmulated:
     def test_tf32_is_as_cupys(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for value, allowed in ("", False), ("0", False), ("1", True):
             monkeypatch.setenv("CUPY_TF32", value)
+            launch.forget()
             assert launch.tf32() is allowed
 
     @pytest.mark.parametrize("dtype", HALVES)

@@ -21,16 +21,16 @@ from ..geometry import Aggregation, Attention, ceil_div
 from ..launch import ctype
 from ..plan import Kernel, Plan, View
 from . import sort
+from .divisor import DIVISOR, divisor
 from .sort import Segments
 
 _THREADS = sources.constant("aggregate.cuh", "THREADS")
 _WARPS = _THREADS // 32
 _STRIP = sources.constant("aggregate.cuh", "STRIP")
 _HELD = sources.constant("aggregate.cuh", "HELD")
-_DIVISOR = sources.Struct("aggregate.cuh", "Divisor").dtype
-_AGGREGATE = sources.Struct("aggregate.cuh", "Aggregate", Divisor=_DIVISOR)
+_AGGREGATE = sources.Struct("aggregate.cuh", "Aggregate", Divisor=DIVISOR)
 _WINDOWS: dict[type, sources.Struct] = {
-    dtype: sources.Struct("aggregate.cuh", "Windows", A=dtype, Divisor=_DIVISOR) for dtype in (np.float32, np.float64)
+    dtype: sources.Struct("aggregate.cuh", "Windows", A=dtype, Divisor=DIVISOR) for dtype in (np.float32, np.float64)
 }
 _ATTENTION = sources.Struct("aggregate.cuh", "Attention")
 _PAIRS = sources.Struct("aggregate_backward_input", "Pairs")
@@ -262,18 +262,12 @@ def _aggregate(g: Aggregation, split: _Split, per_query: int, pixel_bytes: int) 
         }
     )  # fmt: skip
     return _AGGREGATE(
-        **steps, groups_of=_divisor(groups), queries_of=_divisor(height * width),
-        strips_of=_divisor(min(_STRIP, height) * width), last_strip_of=_divisor(height % _STRIP or _STRIP),
+        **steps, groups_of=divisor(groups), queries_of=divisor(height * width),
+        strips_of=divisor(min(_STRIP, height) * width), last_strip_of=divisor(height % _STRIP or _STRIP),
         images=g.batch, height=height, width=width, pixels=g.pixels, groups=groups, channels=g.group_channels,
         samples=samples, softmax=g.softmax, packed=g.packed, pixel_bytes=pixel_bytes, lanes=lanes,
         log_lanes=lanes.bit_length() - 1, rows=rows, slots=32 // lanes, held=held, reciprocal=2**16 // held + 1,
     )  # fmt: skip
-
-
-def _divisor(number: int) -> tuple[int, int]:
-    """`Divisor` of aggregate.cuh."""
-    shift = (number - 1).bit_length()
-    return ceil_div(2 ** (31 + shift), number), shift
 
 
 def _vectors(itemsize: int) -> dict[int, int]:
@@ -292,7 +286,7 @@ def _source(g: Aggregation, dtype: type) -> np.ndarray:
         return _ATTENTION(points=g.points, pixels=g.pixels)
     return _WINDOWS[dtype](
         scale=g.offset_scale, end_y=_not_below(g.height, dtype), end_x=_not_below(g.width, dtype),
-        kernel_h_of=_divisor(g.kernel[0]), columns=g.width, last_row=g.height - 1, last_column=g.width - 1,
+        kernel_h_of=divisor(g.kernel[0]), columns=g.width, last_row=g.height - 1, last_column=g.width - 1,
         kernel_h=g.kernel[0], left_out=g.points // 2 if g.remove_center else g.points,
         stride_h=g.stride[0], stride_w=g.stride[1], top=g.padding[0], left=g.padding[1],
         dilation_h=g.dilation[0], dilation_w=g.dilation[1], center_h=g.center[0], center_w=g.center[1],

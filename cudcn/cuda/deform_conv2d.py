@@ -19,6 +19,7 @@ from ..geometry import Convolution, ceil_div
 from ..launch import strides
 from ..plan import Kernel, Plan, View
 from . import sort
+from .divisor import DIVISOR, divisor
 from .sort import Segments
 
 _THREADS = sources.constant("tile.cuh", "THREADS")
@@ -40,11 +41,11 @@ _LONG = 1 << 15  # the most products that a tile of 128 outs sums, in one float3
 _BLOCKS = 512  # of threads, which is enough to fill a GPU
 _SUMMANDS = 64  # of the bias's gradient that one thread sums in float32
 _CONVOLUTION = sources.Struct("deform_conv2d.cuh", "Convolution")
-_PACKING = sources.Struct("deform_conv2d", "Packing")
+_PACKING = sources.Struct("deform_conv2d", "Packing", Divisor=DIVISOR)
 _WEIGHT_PACKING = sources.Struct("deform_conv2d", "WeightPacking")
 _SPLITS = sources.Struct("deform_conv2d_backward", "Splits")
 _WEIGHTS = sources.Struct("deform_conv2d_backward", "Weights")
-_PIXELS = sources.Struct("deform_conv2d_backward", "Pixels")
+_PIXELS = sources.Struct("deform_conv2d_backward", "Pixels", Divisor=DIVISOR)
 
 
 def kernels() -> list[Kernel]:
@@ -137,7 +138,10 @@ class _Rows:
         packed = self.empty(images, images.dtype)
         n, _, height, width = images.shape
         grid = ceil_div(n * height * width, 32) * ceil_div(self.parts * self.depth, 32)
-        packing = _PACKING(images=n, height=height, width=width, part=self.part, depth=self.depth, parts=self.parts)
+        packing = _PACKING(
+            plane_of=divisor(height * width), width_of=divisor(width), depth_of=divisor(self.depth),
+            images=n, height=height, width=width, part=self.part, depth=self.depth, parts=self.parts,
+        )  # fmt: skip
         kernel = _kernel("pack", dtypes.name(images))
         self.plan.launch(kernel, grid, (32, _THREADS // 32), images, strides(images), packed, packing)
         return packed
@@ -347,7 +351,10 @@ def _sum_pixels(plan: Plan, images: View, sums: View) -> None:
 
     def add(images: View, summands: int, block: tuple[int, int], tiles: int, sums: View) -> None:
         n, channels, height, width = images.shape
-        pixels = _PIXELS(images=n, channels=channels, height=height, width=width, summands=summands)
+        pixels = _PIXELS(
+            plane_of=divisor(height * width), width_of=divisor(width),
+            images=n, channels=channels, height=height, width=width, summands=summands,
+        )  # fmt: skip
         kernel = _pixel_sums(dtypes.name(images), dtypes.name(sums))
         plan.launch(kernel, tiles * ceil_div(channels, block[0]), block, images, strides(images), sums, pixels)
 

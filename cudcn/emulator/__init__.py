@@ -6,11 +6,14 @@ AVX2; `unavailable()` says why it cannot run on another.
 
     >>> import numpy as np
     >>> from cudcn import emulator, sources
+    >>> from cudcn.cuda.divisor import DIVISOR, divisor
     >>> name = "deform_conv2d_backward_bias<float, double>"
     >>> sum_pixels = emulator.kernel(sources.path("deform_conv2d_backward"), name)
     >>> image, sums = np.ones((1, 4, 8, 8), np.float32), emulator.empty((4,), np.float64)
     >>> strides = sources.Struct("bilinear.cuh", "Strides")(n=256, c=64, y=8, x=1)
-    >>> pixels = sources.Struct("deform_conv2d_backward", "Pixels")(images=1, channels=4, height=8, width=8, summands=1)
+    >>> pixels = sources.Struct("deform_conv2d_backward", "Pixels", Divisor=DIVISOR)(
+    ...     plane_of=divisor(64), width_of=divisor(8), images=1, channels=4, height=8, width=8, summands=1
+    ... )
     >>> sum_pixels((1,), (4, 64), (image, strides, sums, pixels))  # one block of 4 channels by 64 pixels
     >>> sums
     array([64., 64., 64., 64.])

@@ -42,9 +42,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[list[bool]]:
     seen: list[list[bool]] = []
     original = Op.backward
 
-    def spy(self: Op, geometry: Any, grads: Any, *rest: Any) -> None:
+    def spy(self: Op, geometry: Any, grads: Any, *rest: Any, **known: Any) -> None:
         seen.append([grad is not None for grad in grads])
-        original(self, geometry, grads, *rest)
+        original(self, geometry, grads, *rest, **known)
 
     monkeypatch.setattr(Op, "backward", spy)
     return seen
