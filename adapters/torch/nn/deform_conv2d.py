@@ -1,9 +1,13 @@
-"""Modules over deform_conv2d."""
+"""Modules over deform_conv2d: torchvision's, and mmcv's.
+
+In all of them `padding` is also "same" or "valid", as in torch.nn.Conv2d. "same" needs stride 1, and pads an even
+kernel by one pixel more below and on the right; the attribute `padding` holds what that comes to.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -11,31 +15,24 @@ from cudcn import check
 from cudcn.check import Padding, Pair
 from cudcn.ops.deform_conv2d import deform_conv2d
 
+from .layers import zero_
 
-class DeformConv2d(torch.nn.Module):
-    """Deformable convolution with a weight and a bias of its own; parameters and their start as in torchvision.
 
-    `forward(input, offset, mask=None)` takes, with K = kh * kw,
-
-    - input: (N, in_channels, H, W)
-    - offset: (N, 2 * offset_groups * K, H_out, W_out), in pixels, dy before dx
-    - mask: (N, offset_groups * K, H_out, W_out), or None for version 1
-
-    and returns (N, out_channels, H_out, W_out). See `cudcn.deform_conv2d` for the formula and the attributes.
-
-    Papers: Deformable Convolutional Networks (Dai et al., 2017); Deformable ConvNets v2 (Zhu et al., 2019).
-    """
+class _Convolution(torch.nn.Module):
+    """The sizes, the weight and perhaps a bias, which subclasses start."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         kernel_size: Pair,
-        stride: Pair = 1,
-        padding: Padding = 0,
-        dilation: Pair = 1,
-        groups: int = 1,
-        bias: bool = True,
+        stride: Pair,
+        padding: Padding | str,
+        dilation: Pair,
+        groups: int,
+        bias: bool,
+        device: Any,
+        dtype: Any,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -49,27 +46,34 @@ class DeformConv2d(torch.nn.Module):
             )
         self.kernel_size = check.pair(name, "kernel_size", kernel_size)
         self.stride = check.pair(name, "stride", stride)
-        top, bottom, left, right = check.padding(name, padding)
-        self.padding = (top, left) if (top, left) == (bottom, right) else ((top, bottom), (left, right))
         self.dilation = check.pair(name, "dilation", dilation)
+        top, bottom, left, right = self._sides(padding)
+        self.padding = (top, left) if (top, left) == (bottom, right) else ((top, bottom), (left, right))
         bias = check.flag(name, "bias", bias)  # the eighth argument of others is a count of groups
-        self.weight = torch.nn.Parameter(
-            torch.empty(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        )
+        shape = self.out_channels, self.in_channels // self.groups, *self.kernel_size
+        self.weight = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias: torch.nn.Parameter | None
-        self.register_parameter("bias", torch.nn.Parameter(torch.empty(self.out_channels)) if bias else None)
-        self.reset_parameters()
+        empty = torch.nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", empty)
 
-    def reset_parameters(self) -> None:
-        torch.nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.weight[0].numel())
-            torch.nn.init.uniform_(self.bias, -bound, bound)
-
-    def forward(self, input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return self._convolve(input, offset, mask)
+    def _sides(self, padding: Padding | str) -> tuple[int, int, int, int]:
+        """Top, bottom, left, right."""
+        name = type(self).__name__
+        if not isinstance(padding, str):
+            return check.padding(name, padding)
+        if check.choice(name, "padding", padding, ("same", "valid")) == "valid":
+            return 0, 0, 0, 0
+        if self.stride != (1, 1):
+            raise ValueError(f'{name}: padding="same" needs stride 1, got {self.stride}')
+        h, w = (dilation * (size - 1) for dilation, size in zip(self.dilation, self.kernel_size, strict=True))
+        return h // 2, h - h // 2, w // 2, w - w // 2
 
     def _convolve(self, input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor | None) -> Any:
+        if input.shape[-3:-2] != (self.in_channels,):  # of another number the operator would make other groups
+            raise ValueError(
+                f"{type(self).__name__}: input must be (N, in_channels, H, W) with in_channels={self.in_channels}, "
+                f"got {tuple(input.shape)}"
+            )
         return deform_conv2d(
             input, offset, self.weight, self.bias, mask,
             stride=self.stride, padding=self.padding, dilation=self.dilation,
@@ -82,13 +86,155 @@ class DeformConv2d(torch.nn.Module):
         )
 
 
-class ModulatedDeformConv2d(DeformConv2d):
-    """Deformable convolution v2 that predicts its offsets and mask from its input, to put in a Conv2d's place.
+class DeformConv2d(_Convolution):
+    """torchvision's: deformable convolution with a weight and a bias of its own, v1 or v2.
 
-    `forward(input)`: (N, in_channels, H, W) to (N, out_channels, H_out, W_out). `conv_offset`, an ordinary
-    convolution of the same window, makes 3 * offset_groups * kh * kw channels: first all offsets, then the mask
-    before its sigmoid, named and ordered as in mmcv's ModulatedDeformConv2dPack. It starts at zero, so that the
-    module starts as a regular convolution with every tap at half weight, as in the paper.
+    `forward(input, offset, mask=None)` takes, with K = kh * kw,
+
+    - input: (N, in_channels, H, W)
+    - offset: (N, 2 * offset_groups * K, H_out, W_out), in pixels, dy before dx
+    - mask: (N, offset_groups * K, H_out, W_out), or None for version 1
+
+    and returns (N, out_channels, H_out, W_out). See `cudcn.deform_conv2d` for the formula and the attributes. The
+    weight and the bias start as torch.nn.Conv2d's do.
+
+    Papers: Deformable Convolutional Networks (Dai et al., 2017); Deformable ConvNets v2 (Zhu et al., 2019).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Padding | str = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device, dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            torch.nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self._convolve(input, offset, mask)
+
+
+class _OfMMCV(_Convolution):
+    """With `deform_groups`, and where it predicts something, with `conv_offset` for that."""
+
+    _predicted: ClassVar[int] = 0  # channels for each tap
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair,
+        padding: Padding | str,
+        dilation: Pair,
+        groups: int,
+        deform_groups: int,
+        bias: bool,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device, dtype)
+        name = type(self).__name__
+        self.deform_groups = check.integer(name, "deform_groups", deform_groups, least=1)
+        if self.in_channels % self.deform_groups:
+            raise ValueError(
+                f"{name}: deform_groups must divide in_channels, "
+                f"got deform_groups={deform_groups}, in_channels={in_channels}"
+            )
+        self.transposed, self.output_padding = False, (0,)  # which mmcv's layers ask of any convolution
+        if not self._predicted:
+            return
+        top, bottom, left, right = check.padding(name, self.padding)
+        # which an ordinary convolution cannot do
+        self._uneven = (left, right, top, bottom) if (top, left) != (bottom, right) else None
+        self.conv_offset = torch.nn.Conv2d(
+            self.in_channels, self._predicted * self.deform_groups * math.prod(self.kernel_size), self.kernel_size,
+            stride=self.stride, padding=0 if self._uneven else (top, left), dilation=self.dilation,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+
+    def _predict(self, x: torch.Tensor) -> torch.Tensor:
+        predicted: torch.Tensor = self.conv_offset(torch.nn.functional.pad(x, self._uneven) if self._uneven else x)
+        return predicted
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, deform_groups={self.deform_groups}"
+
+
+class DeformConv2dPack(_OfMMCV):
+    """mmcv's: deformable convolution v1 that predicts its offsets from its input, to put in a Conv2d's place.
+
+    `forward(x)`: (N, in_channels, H, W) to (N, out_channels, H_out, W_out). `conv_offset`, an ordinary convolution of
+    the same window, makes 2 * deform_groups * kh * kw channels of offsets. It starts at zero, so that the module starts
+    as a regular convolution. There is no bias, as in mmcv; `im2col_step` is not needed, and any batch will do.
+
+    Paper: Deformable Convolutional Networks (Dai et al., 2017).
+    """
+
+    _predicted = 2
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Padding | str = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool = False,
+        im2col_step: int = 32,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias, device,
+            dtype,
+        )  # fmt: skip
+        name = type(self).__name__
+        if self.bias is not None:
+            raise ValueError(f"{name}: bias must be False, as in mmcv, got {bias!r}")
+        self.im2col_step = check.integer(name, "im2col_step", im2col_step, least=1)
+        self.reset_parameters()
+        self.init_offset()
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
+
+    def init_offset(self) -> None:
+        zero_(self.conv_offset)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._convolve(x, self._predict(x), None)
+
+
+class ModulatedDeformConv2d(_OfMMCV):
+    """mmcv's: deformable convolution v2 with a weight and a bias of its own.
+
+    `forward(x, offset, mask)` takes, with K = kh * kw,
+
+    - x: (N, in_channels, H, W)
+    - offset: (N, 2 * deform_groups * K, H_out, W_out), in pixels, dy before dx
+    - mask: (N, deform_groups * K, H_out, W_out)
+
+    and returns (N, out_channels, H_out, W_out). See `cudcn.deform_conv2d` for the formula and the attributes. The
+    weight starts uniform within 1 / sqrt(in_channels * K), the bias at zero.
 
     Paper: Deformable ConvNets v2: More Deformable, Better Results (Zhu et al., 2019).
     """
@@ -99,35 +245,55 @@ class ModulatedDeformConv2d(DeformConv2d):
         out_channels: int,
         kernel_size: Pair,
         stride: Pair = 1,
-        padding: Padding = 0,
+        padding: Padding | str = 0,
         dilation: Pair = 1,
         groups: int = 1,
+        deform_groups: int = 1,
         bias: bool = True,
-        offset_groups: int = 1,
+        *,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        name = type(self).__name__
-        self.offset_groups = check.integer(name, "offset_groups", offset_groups, least=1)
-        if self.in_channels % self.offset_groups:
-            raise ValueError(
-                f"{name}: offset_groups must divide in_channels, "
-                f"got offset_groups={offset_groups}, in_channels={in_channels}"
-            )
-        top, bottom, left, right = check.padding(name, padding)
-        # which an ordinary convolution cannot do
-        self._uneven = (left, right, top, bottom) if (top, left) != (bottom, right) else None
-        self.conv_offset = torch.nn.Conv2d(
-            self.in_channels, 3 * self.offset_groups * math.prod(self.kernel_size), self.kernel_size,
-            stride=self.stride, padding=0 if self._uneven else (top, left), dilation=self.dilation,
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias, device,
+            dtype,
         )  # fmt: skip
-        for parameter in self.conv_offset.parameters():
-            torch.nn.init.zeros_(parameter)
+        self.init_weights()
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        taps = self.offset_groups * math.prod(self.kernel_size)
-        padded = torch.nn.functional.pad(input, self._uneven) if self._uneven else input
-        offset, mask = self.conv_offset(padded).split((2 * taps, taps), dim=1)
-        return self._convolve(input, offset, mask.sigmoid())
+    def init_weights(self) -> None:
+        bound = 1 / math.sqrt(self.in_channels * math.prod(self.kernel_size))  # as in mmcv, whatever groups is
+        torch.nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, offset_groups={self.offset_groups}"
+    def forward(self, x: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        channels = 2 * self.deform_groups * math.prod(self.kernel_size)
+        if offset.shape[-3:-2] != (channels,):  # the operator would read another number of groups off it
+            raise ValueError(
+                f"{type(self).__name__}: offset must be (N, 2 * deform_groups * kh * kw = {channels}, H_out, W_out), "
+                f"got {tuple(offset.shape)}"
+            )
+        return self._convolve(x, offset, mask)
+
+
+class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
+    """mmcv's: deformable convolution v2 that predicts its offsets and mask from its input, for a Conv2d's place.
+
+    `forward(x)`: (N, in_channels, H, W) to (N, out_channels, H_out, W_out). `conv_offset`, an ordinary convolution of
+    the same window, makes 3 * deform_groups * kh * kw channels: first all offsets, then the mask before its sigmoid.
+    It starts at zero, so that the module starts as a regular convolution with every tap at half weight, as in the
+    paper.
+
+    Paper: Deformable ConvNets v2: More Deformable, Better Results (Zhu et al., 2019).
+    """
+
+    _predicted = 3
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        zero_(self.conv_offset)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        taps = self.deform_groups * math.prod(self.kernel_size)
+        offset, mask = self._predict(x).split((2 * taps, taps), dim=-3)
+        return self._convolve(x, offset, mask.sigmoid())

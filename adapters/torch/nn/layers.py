@@ -1,20 +1,18 @@
-"""Linear layers with the starts that the papers give them."""
+"""How the papers start their layers, in place."""
 
 from __future__ import annotations
 
 import torch
 
 
-def zeroed(features: int, out_features: int) -> torch.nn.Linear:
-    layer = torch.nn.Linear(features, out_features)
-    torch.nn.init.zeros_(layer.weight)
-    torch.nn.init.zeros_(layer.bias)
-    return layer
+def zero_(*layers: torch.nn.Module) -> None:
+    for layer in layers:
+        for parameter in layer.parameters():
+            torch.nn.init.zeros_(parameter)
 
 
-def projection(features: int, bias: bool = True) -> torch.nn.Linear:
-    layer = torch.nn.Linear(features, features, bias)
-    torch.nn.init.xavier_uniform_(layer.weight)
-    if bias:
-        torch.nn.init.zeros_(layer.bias)
-    return layer
+def xavier_(*layers: torch.nn.Linear) -> None:
+    for layer in layers:
+        torch.nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            torch.nn.init.zeros_(layer.bias)
