@@ -15,23 +15,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from frameworks import formulas, peers  # noqa: E402
+from frameworks.modules import agree, rand, results, shaken  # noqa: E402
 
 from cudcn.torch import compat, nn, patch  # noqa: E402
 
 LIBRARIES = ("torchvision", "mmcv", "mmengine", "transformers", "groundingdino", "DCNv3", "DCNv4")
-
-
-def shaken(module: Any) -> Any:
-    """In float64 with random parameters: as made, many are zero, or memory as it was found."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape))
-    return module.double()
-
-
-def rand(*shape: int) -> Any:
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
 SHAPES = torch.tensor([[5, 6], [3, 3]])
@@ -172,24 +160,6 @@ MODULES: dict[str, tuple[str, Callable[[], Any], Inputs]] = {
         "dcnv4.DCNv4", lambda: FLASH.DCNv4(6, group=2, without_pointwise=True), lambda: {"input": rand(2, 16, 6)},
     ),
 }  # fmt: skip
-
-
-def results(module: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The output, and the gradients of all that has one."""
-    torch.manual_seed(2)  # dropout's
-    out = module(**inputs)
-    wanted = {**{name: t for name, t in inputs.items() if getattr(t, "requires_grad", False)}}
-    wanted.update(module.named_parameters())
-    shares = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
-    grads = torch.autograd.grad((out * shares).sum(), list(wanted.values()))
-    return {"output": out, **dict(zip(wanted, grads, strict=True))}
-
-
-def agree(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, expected in theirs.items():
-        assert expected.any(), name
-        torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -13,18 +13,11 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+from frameworks.modules import shaken  # noqa: E402
+
 from cudcn.torch import nn  # noqa: E402
 
 ROI = [1.3, 0.6, 5.7, 4.9]
-
-
-def shaken(module: Any) -> Any:
-    """With random parameters: many start at zero, and would hide a mistake."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(0, 0.3)
-    return module
 
 
 # what makes each module, and the shapes of what goes in; "rois" one in each image, "levels" of MSDeformAttn
@@ -98,7 +91,7 @@ def test_empty_batches(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_copies_are_the_same(name: str) -> None:
     module, inputs = made(name)
-    shaken(module)
+    shaken(module).float()
     for again in copy.deepcopy(module), pickle.loads(pickle.dumps(module)):
         assert torch.equal(again(*inputs), module(*inputs))
         assert repr(again) == repr(module)
@@ -157,7 +150,7 @@ def test_one_step_of_training(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_compile(name: str, dynamic: bool) -> None:
     module, inputs = made(name)
-    shaken(module)
+    shaken(module).float()
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     torch.testing.assert_close(compiled(*inputs), module(*inputs))
