@@ -41,7 +41,9 @@ MODULES: dict[str, tuple[Callable[..., Any], list[Any]]] = {
     "DeformPSRoIPool": (lambda **where: nn.DeformPSRoIPool(3, 4, (2, 3), 2, **where), [(2, 3, 6, 7), "rois"]),
     "DCNv3": (lambda **where: nn.DCNv3(6, group=2, center_feature_scale=True, **where), [(2, 5, 6, 6)]),
     "DCNv4": (lambda **where: nn.DCNv4(6, group=2, dw_kernel_size=3, center_feature_scale=True, **where), [(2, 9, 6)]),
-    "MSDeformAttn": (lambda **where: nn.MSDeformAttn(8, 2, 2, 3, **where), [(2, 4, 8), (2, 4, 2, 2), (2, 39, 8), "levels"]),
+    "MSDeformAttn": (
+        lambda **where: nn.MSDeformAttn(8, 2, 2, 3, **where), [(2, 4, 8), (2, 4, 2, 2), (2, 39, 8), "levels"]
+    ),
 }  # fmt: skip
 
 
@@ -311,7 +313,8 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "one axis": (lambda: nn.DCNv4(8)(torch.ones(12, 8)), r"DCNv4: input must be .*, got \(12, 8\) and None"),
     "heads": (
-        lambda: nn.FlashDeformAttn(8, n_heads=3), "FlashDeformAttn: n_heads must divide d_model, got n_heads=3, d_model=8",
+        lambda: nn.FlashDeformAttn(8, n_heads=3),
+        "FlashDeformAttn: n_heads must divide d_model, got n_heads=3, d_model=8",
     ),
     "reference points": (
         lambda: nn.MSDeformAttn(8, n_levels=1)(
