@@ -201,7 +201,7 @@ class DCNv4(_DCN):
             xavier_(self.value_proj, self.output_proj)
 
     def forward(self, input: torch.Tensor, shape: tuple[int, int] | None = None) -> torch.Tensor:
-        image = input if input.ndim == 4 and shape is None else input.unflatten(1, _image_shape(self, input, shape))
+        image = _as_image(type(self).__name__, input, shape)
         projected = image if self.without_pointwise else self.value_proj(image)
         features = image
         if self.dw_kernel_size is not None:
@@ -209,7 +209,7 @@ class DCNv4(_DCN):
         out = dcnv4(projected, self.offset_mask(features), **attributes(self))
         out = _blended(self, out, projected, out)
         out = out if self.without_pointwise else self.output_proj(out)
-        return out if input.ndim == 4 else out.flatten(1, 2)
+        return _as_given(out, input)
 
 
 # These take any module with the attributes, as another library's is after `patch`.
@@ -229,24 +229,34 @@ def _blended(module: Any, out: torch.Tensor, projected: torch.Tensor, features: 
         return out
     weight, bias = module.center_feature_scale_proj_weight, module.center_feature_scale_proj_bias
     share = torch.nn.functional.linear(features, weight, bias).sigmoid()
-    share = share.repeat_interleave(out.shape[-1] // len(weight), -1)
+    share = share.repeat_interleave(module.channels // module.group, -1)
     return out * (1 - share) + projected * share
 
 
-def _image_shape(module: Any, pixels: torch.Tensor, shape: tuple[int, int] | None) -> tuple[int, int]:
-    name = type(module).__name__
-    if pixels.ndim != 3:
+# These decide about shapes, which torch.fx cannot: it traces their calls.
+
+
+@torch.fx.wrap
+def _as_image(name: str, input: torch.Tensor, shape: tuple[int, int] | None) -> torch.Tensor:
+    if input.ndim == 4 and shape is None:
+        return input
+    if input.ndim != 3:
         raise ValueError(
             f"{name}: input must be (N, L, channels), or (N, H, W, channels) without a shape, "
-            f"got {tuple(pixels.shape)} and {shape}"
+            f"got {tuple(input.shape)} and {shape}"
         )
-    length = pixels.shape[1]
+    length = input.shape[1]
     height, width = shape or [int(length**0.5)] * 2
     if height * width != length:
         raise ValueError(
-            f"{name}: shape must be (H, W) with H * W = {length}, as input is {tuple(pixels.shape)}, got {shape}"
+            f"{name}: shape must be (H, W) with H * W = {length}, as input is {tuple(input.shape)}, got {shape}"
         )
-    return height, width
+    return input.unflatten(1, (height, width))
+
+
+@torch.fx.wrap
+def _as_given(image: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+    return image if input.ndim == 4 else image.flatten(1, 2)
 
 
 class _ChannelsLast(torch.nn.Module):

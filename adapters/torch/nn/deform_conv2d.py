@@ -15,7 +15,9 @@ from cudcn import check
 from cudcn.check import Padding, Pair
 from cudcn.ops.deform_conv2d import deform_conv2d
 
-from .layers import zero_
+from .layers import check_channels, zero_
+
+torch.fx.wrap("check_channels")
 
 
 class _Convolution(torch.nn.Module):
@@ -69,11 +71,8 @@ class _Convolution(torch.nn.Module):
         return h // 2, h - h // 2, w // 2, w - w // 2
 
     def _convolve(self, input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor | None) -> Any:
-        if input.shape[-3:-2] != (self.in_channels,):  # of another number the operator would make other groups
-            raise ValueError(
-                f"{type(self).__name__}: input must be (N, in_channels, H, W) with in_channels={self.in_channels}, "
-                f"got {tuple(input.shape)}"
-            )
+        name, axes = type(self).__name__, "(N, in_channels, H, W) with in_channels"
+        check_channels(name, "input", axes, self.in_channels, input)
         return deform_conv2d(
             input, offset, self.weight, self.bias, mask,
             stride=self.stride, padding=self.padding, dilation=self.dilation,
@@ -268,11 +267,8 @@ class ModulatedDeformConv2d(_OfMMCV):
 
     def forward(self, x: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         channels = 2 * self.deform_groups * math.prod(self.kernel_size)
-        if offset.shape[-3:-2] != (channels,):  # the operator would read another number of groups off it
-            raise ValueError(
-                f"{type(self).__name__}: offset must be (N, 2 * deform_groups * kh * kw = {channels}, H_out, W_out), "
-                f"got {tuple(offset.shape)}"
-            )
+        name, axes = type(self).__name__, "(N, C, H_out, W_out) with C = 2 * deform_groups * kh * kw"
+        check_channels(name, "offset", axes, channels, offset)
         return self._convolve(x, offset, mask)
 
 

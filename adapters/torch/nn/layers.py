@@ -1,4 +1,4 @@
-"""How the papers start their layers, in place."""
+"""How the papers start their layers, in place; and a check."""
 
 from __future__ import annotations
 
@@ -16,3 +16,13 @@ def xavier_(*layers: torch.nn.Linear) -> None:
         torch.nn.init.xavier_uniform_(layer.weight)
         if layer.bias is not None:
             torch.nn.init.zeros_(layer.bias)
+
+
+def check_channels(module: str, name: str, axes: str, channels: int, tensor: torch.Tensor) -> None:
+    """Of a tensor from which an operator would read off other groups instead.
+
+    Where it is called, `torch.fx.wrap` lets torch.fx trace the call: it cannot decide about a shape itself. Nor can
+    torch.jit.trace, which would warn.
+    """
+    if not torch.jit.is_tracing() and tensor.shape[-3:-2] != (channels,):
+        raise ValueError(f"{module}: {name} must be {axes} = {channels}, got {tuple(tensor.shape)}")

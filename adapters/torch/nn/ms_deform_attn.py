@@ -110,18 +110,24 @@ def attend(
     value = module.value_proj(input)
     if padding_mask is not None:
         value = value.masked_fill(padding_mask[..., None], 0)
-    places = (*query.shape[:2], heads, levels, points)
-    offsets = module.sampling_offsets(query).reshape(*places, 2)
-    logits = module.attention_weights(query).reshape(places)
-    reference = reference_points[:, :, None, :, None]
-    if reference_points.shape[-1] == 2:
-        locations = reference + offsets / shapes.flip(-1)[:, None]
-    elif reference_points.shape[-1] == 4:
-        locations = reference[..., :2] + offsets / points * reference[..., 2:] / 2
-    else:
-        raise ValueError(
-            f"{type(module).__name__}: reference_points must be (N, Q, n_levels, 2) or (N, Q, n_levels, 4), "
-            f"got {tuple(reference_points.shape)}"
-        )
+    offsets = module.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
+    logits = module.attention_weights(query).unflatten(-1, (heads, levels, points))
+    locations = _locations(type(module).__name__, reference_points, offsets, shapes)
     out = ms_deform_attn(value.unflatten(-1, (heads, -1)), shapes, level_start_index, locations, logits, softmax=True)
     return module.output_proj(out)
+
+
+@torch.fx.wrap  # which traces the call, as it cannot decide about a shape
+def _locations(
+    name: str, reference_points: torch.Tensor, offsets: torch.Tensor, spatial_shapes: torch.Tensor
+) -> torch.Tensor:
+    """Offsets count pixels of a level from a point, or, from a box, halves of it by as many as there are points."""
+    reference = reference_points[:, :, None, :, None]
+    if reference_points.shape[-1] == 2:
+        return reference + offsets / spatial_shapes.flip(-1)[:, None]
+    if reference_points.shape[-1] == 4:
+        return reference[..., :2] + offsets / offsets.shape[-2] * reference[..., 2:] / 2
+    raise ValueError(
+        f"{name}: reference_points must be (N, Q, n_levels, 2) or (N, Q, n_levels, 4), "
+        f"got {tuple(reference_points.shape)}"
+    )

@@ -12,7 +12,9 @@ from cudcn.check import Pair
 from cudcn.ops.deform_roi_pool import deform_roi_pool
 from cudcn.ops.pooling import sample_count
 
-from .layers import zero_
+from .layers import check_channels, zero_
+
+torch.fx.wrap("check_channels")
 
 
 class DeformRoIPool(torch.nn.Module):
@@ -148,10 +150,7 @@ def _pool(
 
 def _still(module: Any, input: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
     """What offsets are predicted from: each roi's bins, not moved, in a row."""
-    if input.shape[1:2] != (module.output_channels,):
-        raise ValueError(
-            f"{type(module).__name__}: input must be (N, output_channels, H, W) with "
-            f"output_channels={module.output_channels}, got {tuple(input.shape)}"
-        )
+    name, axes = type(module).__name__, "(N, output_channels, H, W) with output_channels"
+    check_channels(name, "input", axes, module.output_channels, input)
     pooled: torch.Tensor = _pool(module, input, rois)
     return pooled.flatten(1)
