@@ -1,8 +1,8 @@
 """torch.nn modules over the operators, after those who made them, and `deformable_` for a network that has none."""
 
 from .dcn import DCNv3 as DCNv3, DCNv4 as DCNv4
-from .deform_conv2d import (
-    DeformConv2d as DeformConv2d,
+from .deform_conv2d import DeformConv2d as DeformConv2d
+from .deform_conv2d_of_mmcv import (
     DeformConv2dPack as DeformConv2dPack,
     ModulatedDeformConv2d as ModulatedDeformConv2d,
     ModulatedDeformConv2dPack as ModulatedDeformConv2dPack,

@@ -7,7 +7,7 @@ from typing import TypeGuard
 
 import torch
 
-from .deform_conv2d import ModulatedDeformConv2dPack
+from .deform_conv2d_of_mmcv import ModulatedDeformConv2dPack
 
 
 def deformable_(model: torch.nn.Module, stages: Iterable[str] = ("layer2", "layer3", "layer4")) -> list[str]:
