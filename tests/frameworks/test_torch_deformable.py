@@ -123,6 +123,8 @@ def test_settings_stay(settings: dict[str, Any]) -> None:
     conv, x = convolution(**settings).double(), torch.randn(2, 4, 7, 8, dtype=torch.float64)
     model = torch.nn.Sequential(conv)
     deformable_(model, ["0"])
+    for name in "in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups":
+        assert getattr(model[0], name) == getattr(conv, name), name
     if conv.bias is not None:
         torch.nn.init.zeros_(conv.bias)
     torch.testing.assert_close(model(x), conv(x) / 2)
