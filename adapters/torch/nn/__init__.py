@@ -1,4 +1,7 @@
-"""torch.nn modules over the operators, after those who made them, and `deformable_` for a network that has none."""
+"""torch.nn modules over the operators, after those who made them, and `deformable_` for a network that has none.
+
+torch.fx cannot look into an operator, nor decide about a shape: with `torch.fx.wrap` its graph has the call itself.
+"""
 
 from .dcn import DCNv3 as DCNv3, DCNv4 as DCNv4
 from .deform_conv2d import DeformConv2d as DeformConv2d

@@ -14,6 +14,9 @@ from cudcn.ops.dcnv4 import dcnv4
 
 from .layers import xavier_, zero_
 
+torch.fx.wrap("dcnv3")
+torch.fx.wrap("dcnv4")
+
 _ACTIVATIONS = {"GELU": torch.nn.GELU, "SiLU": torch.nn.SiLU, "ReLU": torch.nn.ReLU}
 
 
@@ -231,9 +234,6 @@ def _blended(module: Any, out: torch.Tensor, projected: torch.Tensor, features: 
     share = torch.nn.functional.linear(features, weight, bias).sigmoid()
     share = share.repeat_interleave(module.channels // module.group, -1)
     return out * (1 - share) + projected * share
-
-
-# These decide about shapes, which torch.fx cannot: it traces their calls.
 
 
 @torch.fx.wrap

@@ -18,6 +18,7 @@ from cudcn.ops.deform_conv2d import deform_conv2d
 from .layers import check_channels
 
 torch.fx.wrap("check_channels")
+torch.fx.wrap("deform_conv2d")
 
 
 class Convolution(torch.nn.Module):

@@ -21,8 +21,7 @@ def xavier_(*layers: torch.nn.Linear) -> None:
 def check_channels(module: str, name: str, axes: str, channels: int, tensor: torch.Tensor) -> None:
     """Of a tensor from which an operator would read off other groups instead.
 
-    Where it is called, `torch.fx.wrap` lets torch.fx trace the call: it cannot decide about a shape itself. Nor can
-    torch.jit.trace, which would warn.
+    Not while torch.jit.trace looks on, which would warn of a decision.
     """
     if not torch.jit.is_tracing() and tensor.shape[-3:-2] != (channels,):
         raise ValueError(f"{module}: {name} must be {axes} = {channels}, got {tuple(tensor.shape)}")

@@ -14,6 +14,8 @@ from cudcn.ops.ms_deform_attn import ms_deform_attn
 from ..bind import as_tensor
 from .layers import xavier_, zero_
 
+torch.fx.wrap("ms_deform_attn")
+
 
 class MSDeformAttn(torch.nn.Module):
     """Deformable DETR's multi-scale deformable attention: each query looks at `n_points` places of every level.
@@ -117,7 +119,7 @@ def attend(
     return module.output_proj(out)
 
 
-@torch.fx.wrap  # which traces the call, as it cannot decide about a shape
+@torch.fx.wrap
 def _locations(
     name: str, reference_points: torch.Tensor, offsets: torch.Tensor, spatial_shapes: torch.Tensor
 ) -> torch.Tensor:

@@ -14,6 +14,8 @@ from cudcn.ops.pooling import sample_count
 
 from .layers import zero_
 
+torch.fx.wrap("deform_psroi_pool")
+
 
 class DeformPSRoIPool(torch.nn.Module):
     """Deformable position-sensitive RoI pooling with both of the paper's branches, as in deformable R-FCN.

@@ -15,6 +15,7 @@ from cudcn.ops.pooling import sample_count
 from .layers import check_channels, zero_
 
 torch.fx.wrap("check_channels")
+torch.fx.wrap("deform_roi_pool")
 
 
 class DeformRoIPool(torch.nn.Module):
