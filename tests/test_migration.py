@@ -11,6 +11,7 @@ import pytest
 import cudcn
 
 pytest.importorskip("torch")
+from cudcn.torch import nn
 from cudcn.torch.compat import patching
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "migration.md").read_text()
@@ -42,6 +43,13 @@ def test_every_replacement_is_named() -> None:
     for replacement in patching.REPLACEMENTS:
         for name in replacement.names or [replacement.kind.partition(".")[2]]:
             assert f"`{name}`" in PAGE, name
+
+
+def test_every_module_is_named() -> None:
+    modules = [name for name, value in vars(nn).items() if isinstance(value, type)]
+    assert len(modules) > 9
+    for name in modules:
+        assert f"`{name}`" in PAGE, name
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))

@@ -12,8 +12,16 @@ from .nn import (
     DCNv3 as DCNv3,
     DCNv4 as DCNv4,
     DeformConv2d as DeformConv2d,
+    DeformConv2dPack as DeformConv2dPack,
+    DeformPSRoIPool as DeformPSRoIPool,
+    DeformRoIPool as DeformRoIPool,
+    DeformRoIPoolPack as DeformRoIPoolPack,
+    FlashDeformAttn as FlashDeformAttn,
     ModulatedDeformConv2d as ModulatedDeformConv2d,
+    ModulatedDeformConv2dPack as ModulatedDeformConv2dPack,
+    ModulatedDeformRoIPoolPack as ModulatedDeformRoIPoolPack,
     MSDeformAttn as MSDeformAttn,
+    deformable_ as deformable_,
 )
 
 dcnv3, dcnv3_backward = bind(ops.dcnv3.OP)

@@ -78,6 +78,36 @@ def deform_roi_pool(
     return torch.stack(out).unflatten(0, (len(rois), rows, columns)).movedim(-1, 1)
 
 
+def deform_psroi_pool(
+    input: Any, rois: Any, offset: Any, output_size: Any, sample_per_part: int, trans_std: float, spatial_scale: float
+) -> Any:
+    """With a group and a part for each bin; offset (R, 2 * classes, *output_size) or None."""
+    (rows, columns), (height, width) = output_size, input.shape[2:]
+    channels = input.shape[1] // (rows * columns)
+    out = []
+    for r, (n, *corners) in enumerate(rois.tolist()):
+        left, top, right, bottom = (math.floor(c + 0.5) for c in corners)
+        left, top = left * spatial_scale - 0.5, top * spatial_scale - 0.5
+        roi_height = max((bottom + 1) * spatial_scale - 0.5 - top, 0.1)
+        roi_width = max((right + 1) * spatial_scale - 0.5 - left, 0.1)
+        steps = torch.arange(sample_per_part, dtype=torch.float64) / sample_per_part
+        for c in range(channels):
+            for i in range(rows):
+                for j in range(columns):
+                    dx = dy = 0
+                    if offset is not None:
+                        k = c // (channels // (offset.shape[1] // 2))
+                        dx, dy = offset[r, 2 * k : 2 * k + 2, i, j]
+                    y = top + (i + steps) * roi_height / rows + trans_std * roi_height * dy
+                    x = left + (j + steps) * roi_width / columns + trans_std * roi_width * dx
+                    y, x = (t.expand(sample_per_part, sample_per_part) for t in (y[:, None], x[None]))
+                    kept = (y >= -0.5) & (y <= height - 0.5) & (x >= -0.5) & (x <= width - 0.5)
+                    image = input[int(n), (c * rows + i) * columns + j][None]
+                    samples = bilinear(image, y.clamp(0, height - 1), x.clamp(0, width - 1))[0]
+                    out.append((samples * kept).sum() / max(int(kept.sum()), 1))
+    return torch.stack(out).unflatten(0, (len(rois), channels, rows, columns))
+
+
 def ms_deform_attn(value: Any, shapes: Any, locations: Any, weights: Any) -> Any:
     """Of levels that lie one after the other in value."""
     levels = value.split([int(h) * int(w) for h, w in shapes], 1)

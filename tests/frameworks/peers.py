@@ -249,11 +249,13 @@ class internimage:
             self.dw_kernel_size, self.stride, self.dilation, self.pad = dw_kernel_size, stride, dilation, pad
             self.group, self.group_channels = group, channels // group
             self.center_feature_scale, self.remove_center = center_feature_scale, int(remove_center)
-            norm = nn.BatchNorm2d(channels) if norm_layer == "BN" else nn.GroupNorm(1, channels)
+            norm = [_ChannelsLast(), nn.LayerNorm(channels, eps=1e-6)]
+            if norm_layer == "BN":
+                norm = [nn.BatchNorm2d(channels), _ChannelsLast()]
             self.dw_conv = nn.Sequential(
                 nn.Conv2d(channels, channels, dw_kernel_size, padding=dw_kernel_size // 2, groups=channels),
-                nn.Sequential(norm, _ChannelsLast()),
-                nn.GELU() if act_layer == "GELU" else nn.SiLU(),
+                nn.Sequential(*norm),
+                {"GELU": nn.GELU, "SiLU": nn.SiLU, "ReLU": nn.ReLU}[act_layer](),
             )
             taps = group * (kernel_size**2 - self.remove_center)
             self.offset, self.mask = nn.Linear(channels, 2 * taps), nn.Linear(channels, taps)

@@ -294,23 +294,6 @@ def test_module() -> None:
         cudcn.torch.DeformConv2d(4, 6, 3, groups=4)
 
 
-def test_modulated_module() -> None:
-    settings = {"stride": 2, "padding": 1, "dilation": 1, "groups": 2}
-    module = cudcn.torch.ModulatedDeformConv2d(4, 6, (3, 2), offset_groups=2, **settings)
-    shapes = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    assert shapes == {
-        "weight": (6, 2, 3, 2), "bias": (6,), "conv_offset.weight": (36, 4, 3, 2), "conv_offset.bias": (36,)
-    }  # fmt: skip
-    input = torch.randn(2, 4, 7, 8)
-    plain = torch.nn.functional.conv2d(input, module.weight / 2, module.bias, **settings)
-    torch.testing.assert_close(module(input), plain)  # half: the sigmoid's start
-    module(input).sum().backward()
-    assert all(p.grad is not None for p in module.parameters())
-    assert "offset_groups=2" in repr(module)
-    with pytest.raises(ValueError, match="offset_groups must divide"):
-        cudcn.torch.ModulatedDeformConv2d(4, 6, 3, offset_groups=3)
-
-
 @pytest.mark.parametrize("case", EACH, ids=str)
 def test_functions_introduce_themselves(case: Case) -> None:
     check_introduction(cudcn.torch, case.op.name)

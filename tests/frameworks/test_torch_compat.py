@@ -15,23 +15,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from frameworks import formulas, peers  # noqa: E402
+from frameworks.modules import agree, rand, results, shaken  # noqa: E402
 
-from cudcn.torch import compat, patch  # noqa: E402
+from cudcn.torch import compat, nn, patch  # noqa: E402
 
 LIBRARIES = ("torchvision", "mmcv", "mmengine", "transformers", "groundingdino", "DCNv3", "DCNv4")
-
-
-def shaken(module: Any) -> Any:
-    """In float64 with random parameters: as made, many are zero, or memory as it was found."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape))
-    return module.double()
-
-
-def rand(*shape: int) -> Any:
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
 SHAPES = torch.tensor([[5, 6], [3, 3]])
@@ -174,24 +162,6 @@ MODULES: dict[str, tuple[str, Callable[[], Any], Inputs]] = {
 }  # fmt: skip
 
 
-def results(module: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The output, and the gradients of all that has one."""
-    torch.manual_seed(2)  # dropout's
-    out = module(**inputs)
-    wanted = {**{name: t for name, t in inputs.items() if getattr(t, "requires_grad", False)}}
-    wanted.update(module.named_parameters())
-    shares = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
-    grads = torch.autograd.grad((out * shares).sum(), list(wanted.values()))
-    return {"output": out, **dict(zip(wanted, grads, strict=True))}
-
-
-def agree(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, expected in theirs.items():
-        assert expected.any(), name
-        torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_patched_modules(name: str) -> None:
     kind, make, inputs = MODULES[name]
@@ -248,6 +218,13 @@ def test_patch_keeps_everything_else() -> None:
     model.double().inner(**detr())
     assert seen == ["value_proj", "forward"]
     assert patch(model) == {}
+
+
+def test_patch_leaves_our_own_modules() -> None:
+    """Which bear the names of those that it replaces, and may do more."""
+    model = torch.nn.ModuleList([nn.DCNv4(8, group=2), nn.DeformConv2d(4, 4, 3), DETR(8, 2, 2, 3)])
+    assert patch(model) == {"2": "deformable_detr.MSDeformAttn"}
+    assert model[0](torch.ones(1, 4, 5, 8)).shape == (1, 4, 5, 8)
 
 
 def test_patch_finds_nothing() -> None:
@@ -332,9 +309,6 @@ SIGNATURES = {
         "group_channels, offset_scale, im2col_step, remove_center",
     "dcnv4.FlashDeformAttnFunction.apply":
         "value, value_spatial_shapes, value_level_start_index, sampling_loc_attn, im2col_step, K=8",
-    "dcnv4.DCNv4":
-        "channels=64, kernel_size=3, stride=1, pad=1, dilation=1, group=4, offset_scale=1.0, dw_kernel_size=None, "
-        "center_feature_scale=False, remove_center=False, output_bias=True, without_pointwise=False, **kwargs",
     "internimage.dcnv3_core_pytorch":
         "input, offset, mask, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, "
         "group_channels, offset_scale, remove_center=False",
@@ -599,34 +573,8 @@ def test_dcnv4_functions() -> None:
     torch.testing.assert_close(ours, list(torch.autograd.grad(out, tensors, grad)))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"kernel_size": 5, "pad": 2, "dw_kernel_size": 3, "center_feature_scale": True},
-        {"without_pointwise": True, "remove_center": True},
-        {"output_bias": False},
-    ],
-)
-def test_the_module_dcnv4(settings: dict[str, Any]) -> None:
-    """Ours takes the original's parameters, and computes the same."""
-    original = shaken(FLASH.DCNv4(32, group=2, **settings))
-    ours = compat.dcnv4.DCNv4(32, group=2, **settings).double()
-    ours.load_state_dict(original.state_dict())
-    x = rand(2, 20, 32)
-    agree(results(ours, {"input": x, "shape": (5, 4)}), results(original, {"input": x, "shape": (5, 4)}))
-
-
-def test_the_module_flash_deform_attn() -> None:
-    original, ours = shaken(FLASH.FlashDeformAttn(8, 2, 2, 3)), compat.dcnv4.FlashDeformAttn(8, 2, 2, 3).double()
-    ours.load_state_dict(original.state_dict())
-    given = detr()
-    agree(results(ours, given), results(original, given))
-
-
-def test_the_module_dcnv4_refuses_what_changes_the_shape() -> None:
-    with pytest.raises(ValueError, match=r"DCNv4: stride must be 1, and pad .*, got stride=1, pad=0, dilation=1"):
-        compat.dcnv4.DCNv4(32, pad=0)
+def test_modules_are_those_of_nn() -> None:
+    assert (compat.dcnv4.DCNv4, compat.dcnv4.FlashDeformAttn) == (nn.DCNv4, nn.FlashDeformAttn)
 
 
 def python(code: str, folder: Path) -> None:

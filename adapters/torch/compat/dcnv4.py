@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from cudcn.ops.dcnv4 import dcnv4, dcnv4_backward as _dcnv4_backward
 from cudcn.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_backward
 
-from .. import nn
+from ..nn import DCNv4 as DCNv4, FlashDeformAttn as FlashDeformAttn
 from .deformable_detr import MSDeformAttnForward
-from .internimage import attributes, blended, window
+from .internimage import window
 from .replacement import Replacement
 
 
@@ -176,16 +174,7 @@ class DCNv4Forward(Replacement):
          "center_feature_scale_proj_bias", "center_feature_scale_module"}
     )  # fmt: skip
 
-    def forward(self, input: torch.Tensor, shape: tuple[int, int] | None = None) -> torch.Tensor:
-        """(N, L, channels) to the same, where L = H * W pixels of an image of this shape, or of a square one."""
-        height, width = shape or [int(input.shape[1] ** 0.5)] * 2
-        features = input.unflatten(1, (height, width))
-        projected = features if self.without_pointwise else self.value_proj(features)
-        if self.dw_kernel_size is not None:
-            features = self.offset_mask_dw(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        out = dcnv4(projected, self.offset_mask(features), **attributes(self))
-        out = blended(self, out, projected, out).flatten(1, 2)
-        return out if self.without_pointwise else self.output_proj(out)
+    forward = DCNv4.forward
 
 
 class FlashDeformAttnForward(MSDeformAttnForward):
@@ -193,47 +182,6 @@ class FlashDeformAttnForward(MSDeformAttnForward):
 
     kind = "dcnv4.FlashDeformAttn"
     names = ("FlashDeformAttn",)
-
-
-class DCNv4(DCNv4Forward, nn.DCNv4):
-    """The package's module, with its arguments and its forward of (N, L, channels)."""
-
-    def __init__(
-        self,
-        channels: int = 64,
-        kernel_size: int = 3,
-        stride: int = 1,
-        pad: int = 1,
-        dilation: int = 1,
-        group: int = 4,
-        offset_scale: float = 1.0,
-        dw_kernel_size: int | None = None,
-        center_feature_scale: bool = False,
-        remove_center: bool = False,
-        output_bias: bool = True,
-        without_pointwise: bool = False,
-        **kwargs: Any,  # which the original does not look at either
-    ) -> None:
-        if stride != 1 or pad != dilation * (kernel_size // 2):
-            raise ValueError(
-                f"DCNv4: stride must be 1, and pad dilation * (kernel_size // 2), for the output to have the input's "
-                f"shape, got stride={stride}, pad={pad}, dilation={dilation}, kernel_size={kernel_size}"
-            )
-        super().__init__(
-            channels, kernel_size, stride, dilation, group, offset_scale, dw_kernel_size, center_feature_scale,
-            remove_center, output_bias, without_pointwise,
-        )  # fmt: skip
-        self.channels, self.kernel_size, self.stride, self.pad, self.dilation = (
-            channels, kernel_size, stride, pad, dilation
-        )  # fmt: skip
-        self.offset_scale, self.dw_kernel_size, self.center_feature_scale = (
-            offset_scale, dw_kernel_size, center_feature_scale
-        )  # fmt: skip
-        self.remove_center, self.without_pointwise = remove_center, without_pointwise
-
-
-class FlashDeformAttn(FlashDeformAttnForward, nn.MSDeformAttn):  # type: ignore[misc]  # the names of parameters differ
-    """The package's module."""
 
 
 REPLACEMENTS = (DCNv4Forward, FlashDeformAttnForward)

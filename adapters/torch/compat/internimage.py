@@ -8,7 +8,7 @@ import torch
 
 from cudcn.ops.dcnv3 import dcnv3, dcnv3_backward as _backward
 
-from ..nn.dcn import blend
+from .. import nn
 from .replacement import Replacement
 
 
@@ -136,27 +136,7 @@ class DCNv3Forward(Replacement):
          "center_feature_scale_module"}
     )  # fmt: skip
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        projected = self.input_proj(input)
-        features = self.dw_conv(input.permute(0, 3, 1, 2))
-        out = dcnv3(projected, self.offset(features), self.mask(features), softmax=True, **attributes(self))
-        return self.output_proj(blended(self, out, projected, features))
-
-
-def attributes(module: Any) -> dict[str, Any]:
-    """Those of the operator, which DCNv3's and DCNv4's modules keep by the same names."""
-    return {
-        "kernel_size": module.kernel_size, "stride": module.stride, "padding": module.pad, "dilation": module.dilation,
-        "group": module.group, "offset_scale": module.offset_scale, "remove_center": bool(module.remove_center),
-    }  # fmt: skip
-
-
-def blended(module: Any, out: torch.Tensor, projected: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """With center_feature_scale, by the parameters that the modules have only then."""
-    if not module.center_feature_scale:
-        return out
-    weight, bias = module.center_feature_scale_proj_weight, module.center_feature_scale_proj_bias
-    return blend(out, projected, features, weight, bias)
+    forward = nn.DCNv3.forward
 
 
 REPLACEMENTS = (DCNv3Forward,)

@@ -11,6 +11,7 @@ from cudcn.check import Pair
 from cudcn.ops.deform_conv2d import deform_conv2d as _deform_conv2d
 from cudcn.ops.deform_roi_pool import deform_roi_pool as _deform_roi_pool
 
+from .. import nn
 from .deformable_detr import MultiScaleDeformableAttentionForward as _Attention, attend_as_mmcv
 from .replacement import Replacement
 
@@ -91,21 +92,8 @@ def deform_roi_pool(
     gamma: float = 0.1,
 ) -> torch.Tensor:
     """`cudcn.deform_roi_pool` without a mask."""
-    return _pool(input, rois, offset, None, output_size, spatial_scale, sampling_ratio, gamma)
-
-
-def _pool(
-    input: torch.Tensor,
-    rois: torch.Tensor,
-    offset: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    output_size: Pair,
-    spatial_scale: float,
-    sampling_ratio: int,
-    gamma: float,
-) -> torch.Tensor:
     return _deform_roi_pool(
-        input, rois, offset, mask,
+        input, rois, offset,
         output_size=output_size, spatial_scale=spatial_scale, sampling_ratio=sampling_ratio, gamma=gamma,
     )  # fmt: skip
 
@@ -162,45 +150,30 @@ class ModulatedDeformConv2dPackForward(_Convolution):
 class _Pooling(Replacement):
     needs = frozenset({"output_size", "spatial_scale", "sampling_ratio", "gamma"})
 
-    def pool(
-        self,
-        input: torch.Tensor,
-        rois: torch.Tensor,
-        offset: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return _pool(input, rois, offset, mask, self.output_size, self.spatial_scale, self.sampling_ratio, self.gamma)
-
 
 class DeformRoIPoolForward(_Pooling):
     kind = "mmcv.DeformRoIPool"
     names = ("DeformRoIPool",)
 
-    def forward(self, input: torch.Tensor, rois: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
-        return self.pool(input, rois, offset)
+    forward = nn.DeformRoIPool.forward
 
 
 class DeformRoIPoolPackForward(_Pooling):
     kind = "mmcv.DeformRoIPoolPack"
     names = ("DeformRoIPoolPack",)
-    needs = _Pooling.needs | {"offset_fc"}
-    allows = frozenset({"output_channels", "deform_fc_channels"})
+    needs = _Pooling.needs | {"offset_fc", "output_channels"}
+    allows = frozenset({"deform_fc_channels"})
 
-    def forward(self, input: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
-        offset = self.offset_fc(self.pool(input, rois).flatten(1))
-        return self.pool(input, rois, offset.unflatten(1, (2, *self.output_size)))
+    forward = nn.DeformRoIPoolPack.forward
 
 
 class ModulatedDeformRoIPoolPackForward(_Pooling):
     kind = "mmcv.ModulatedDeformRoIPoolPack"
     names = ("ModulatedDeformRoIPoolPack",)
-    needs = _Pooling.needs | {"offset_fc", "mask_fc"}
+    needs = DeformRoIPoolPackForward.needs | {"mask_fc"}
     allows = DeformRoIPoolPackForward.allows
 
-    def forward(self, input: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
-        pooled = self.pool(input, rois).flatten(1)
-        offset, mask = self.offset_fc(pooled), self.mask_fc(pooled)
-        return self.pool(input, rois, offset.unflatten(1, (2, *self.output_size)), mask.unflatten(1, self.output_size))
+    forward = nn.ModulatedDeformRoIPoolPack.forward
 
 
 class MultiScaleDeformableAttentionForward(Replacement):

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from .. import nn
+
 
 class Replacement(torch.nn.Module):
     """A `forward` with the parameters of another library's, to be mixed in before the class that has that one."""
@@ -29,8 +31,9 @@ class Replacement(torch.nn.Module):
 
     @classmethod
     def claims(cls, module: torch.nn.Module) -> bool:
-        """Whether the class that defines the module's forward bears one of the names."""
-        return _owner(module).__name__ in cls.names
+        """Whether the class that defines the module's forward bears one of the names, and is not our own of it."""
+        owner = _owner(module)
+        return owner.__name__ in cls.names and not owner.__module__.startswith(nn.__name__)
 
     @classmethod
     def misfit(cls, module: torch.nn.Module) -> str | None:
