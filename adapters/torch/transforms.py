@@ -17,6 +17,8 @@ import torch
 
 from cudcn.op import Op, spread
 
+from . import vmap
+
 Arguments = Sequence[Any]
 
 
@@ -83,7 +85,8 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Arguments, *inputs: Any) -> Any:
-        return torch.stack(_one_by_one(_Forward, info, in_dims, inputs)), 0
+        *arguments, op = inputs
+        return vmap.forward(op, partial(call, op), info.batch_size, in_dims, arguments)
 
 
 class _Backward(torch.autograd.Function):
@@ -108,19 +111,6 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Arguments, *inputs: Any) -> Any:
-        grads = _one_by_one(_Backward, info, in_dims, inputs)
-        stacked = tuple(torch.stack(items) for items in zip(*grads, strict=True))
-        return stacked, (0,) * len(stacked)
-
-
-def _one_by_one(function: Any, info: Any, in_dims: Arguments, inputs: Arguments) -> list[Any]:
-    """A call of an autograd.Function for each item along the mapped axes."""
-    if info.batch_size == 0:
-        raise NotImplementedError(f"{inputs[-1].name}: vmap over an axis of length 0 is not implemented")
-    return [
-        # attributes that are lists have lists in the place of a dimension
-        function.apply(
-            *(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(inputs, in_dims, strict=True))
-        )
-        for i in range(info.batch_size)
-    ]
+        *arguments, op = inputs
+        grads, dims = vmap.backward(op, partial(call_backward, op), info.batch_size, in_dims, arguments)
+        return tuple(grads), tuple(dims)

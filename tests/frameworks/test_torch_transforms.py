@@ -180,29 +180,6 @@ def test_func_jacrev(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", EACH, ids=str)
-def test_vmap(case: Case) -> None:
-    """Over all tensors and over one, inside and outside of grad, and nested."""
-    again = replace(case, name=case.name + " again")  # other numbers
-    items = [tensors(case, grad=False), tensors(again, grad=False)]
-    given = {name: t for name, t in items[0].items() if t is not None}
-    stacked = {name: torch.stack([item[name] for item in items], -1) for name in given}
-    outs = torch.vmap(case.forward, in_dims=(dict.fromkeys(given, -1),), out_dims=1)(stacked)
-    for index, item in enumerate(items):
-        assert_close(outs[:, index], double(case.forward(item)))
-
-    name, tensor = next(iter(differentiable(case).items()))
-    one = torch.stack([tensor, 2 * tensor, 3 * tensor])
-    loss = loss_of(case, [name])
-    want = torch.stack([torch.func.grad(loss)(item) for item in one])
-    of_each = torch.vmap(torch.func.grad(loss))
-    assert_close(of_each(one), double(want))
-    assert_close(torch.vmap(of_each)(one[None])[0], double(want))
-    assert_close(torch.func.grad(lambda items: torch.vmap(loss)(items).sum())(one), double(want))
-    with pytest.raises(NotImplementedError, match=f"{case.op.name}: vmap over an axis of length 0"):
-        torch.vmap(loss)(one[:0])
-
-
-@pytest.mark.parametrize("case", EACH, ids=str)
 def test_autograd_records_outside_of_func(case: Case) -> None:
     given, grad_output = tensors(case), to_torch(case.grad_output())
     name = next(iter(given))
