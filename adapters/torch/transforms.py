@@ -9,6 +9,7 @@ transforms.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 from cudcn.op import Op, spread
 
-from . import vmap
+from . import formulas, vmap
 
 Arguments = Sequence[Any]
 
@@ -33,11 +34,14 @@ def call_backward(op: Op, *arguments: Any) -> Any:
 
 
 def derive(op: Op, library: torch.library.Library) -> None:
-    """Tell torch.compile the operator's derivative."""
+    """Tell torch.compile the operator's derivatives."""
     torch.library.register_autograd(
         f"cudcn::{op.name}", partial(_differentiate, op), setup_context=partial(_save, op), lib=library
     )
-    torch.library.register_autograd(f"cudcn::{op.name}_backward", partial(_refuse, op), lib=library)
+    again = partial(_differentiate_again, op)
+    torch.library.register_autograd(
+        f"cudcn::{op.name}_backward", again, setup_context=partial(_save_all, op), lib=library
+    )
 
 
 def _overload(name: str) -> Any:
@@ -58,8 +62,35 @@ def _differentiate(op: Op, ctx: Any, grad_output: Any) -> Any:
     return *spread(needs, grads), *(None for _ in ctx.attributes)
 
 
-def _refuse(op: Op, ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError(f"{op.name}: the second derivative is not implemented")
+def _save_all(op: Op, ctx: Any, inputs: Arguments, output: Any) -> None:
+    count = len(op.backward_tensors)
+    ctx.save_for_backward(*inputs[:count])
+    *ctx.attributes, ctx.needs = inputs[count:]
+
+
+def _differentiate_again(op: Op, ctx: Any, grads: Arguments) -> Any:
+    """The derivative of the backward, by the operator's formula in torch's operations. That has one of its own."""
+    given = ctx.saved_tensors
+    asked = zip(ctx.needs_input_grad, given, strict=False)
+    moving = [asks and t is not None and t.is_floating_point() for asks, t in asked]
+
+    def gradients(*some: Any) -> Any:
+        grad_output, *tensors = _replaced(given, moving, some)
+
+        def output(*wanted: Any) -> Any:
+            return formulas.compute(op, *_replaced(tensors, ctx.needs, wanted), *ctx.attributes)
+
+        pull = torch.func.vjp(output, *itertools.compress(tensors, ctx.needs))[1]
+        return pull(grad_output)
+
+    pull = torch.func.vjp(gradients, *itertools.compress(given, moving))[1]
+    return *spread(moving, pull(tuple(grads))), *(None for _ in ctx.attributes), None
+
+
+def _replaced(tensors: Arguments, flags: Sequence[bool], others: Arguments) -> list[Any]:
+    """The tensors, with others in the place of those that are flagged."""
+    placed = zip(tensors, flags, spread(flags, others), strict=True)
+    return [other if flag else tensor for tensor, flag, other in placed]
 
 
 class _Forward(torch.autograd.Function):
@@ -99,11 +130,12 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Arguments, output: Any) -> None:
-        ctx.op = inputs[-1]
+        *arguments, ctx.op = inputs
+        _save_all(ctx.op, ctx, arguments, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _refuse(ctx.op, ctx, *grads)
+        return *_differentiate_again(ctx.op, ctx, grads), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

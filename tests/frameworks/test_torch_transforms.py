@@ -9,7 +9,7 @@ import pytest
 from cases import ADAPTED, EACH
 from cases.case import Case, Tensors
 from cases.deform_conv2d import IMAGES
-from frameworks.comparing import PLAIN, SECOND, assert_close, double
+from frameworks.comparing import PLAIN, assert_close, double
 
 import cudcn
 
@@ -101,24 +101,6 @@ def test_export() -> None:
 
 @jit_is_deprecated
 @pytest.mark.parametrize("case", EACH, ids=str)
-def test_refuses_the_second_derivative(case: Case) -> None:
-    given = tensors(case)
-    first = next(iter(given.values()))
-    (grad,) = torch.autograd.grad(case.forward(given).sum(), first, create_graph=True)
-    with pytest.raises(NotImplementedError, match=f"{case.op.name}: {SECOND}"):
-        grad.sum().backward()
-    name, tensor = next(iter(differentiable(case).items()))
-    gradient = torch.func.grad(loss_of(case, [name]))
-    with pytest.raises(NotImplementedError, match=f"{case.op.name}: {SECOND}"):
-        torch.func.grad(lambda t: gradient(t).sum())(tensor)
-    grad_output = to_torch(case.grad_output())
-    raw = lambda t: case.backward(tensors(case, grad=False), t)[name]  # noqa: E731
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=FORWARD_MODE):
-        raw(torch.autograd.forward_ad.make_dual(grad_output, grad_output))
-
-
-@jit_is_deprecated
-@pytest.mark.parametrize("case", EACH, ids=str)
 def test_refuses_forward_mode(case: Case) -> None:
     """With respect to each tensor, also where nothing is recorded for a backward pass."""
     for name, tensor in differentiable(case).items():
@@ -132,6 +114,9 @@ def test_refuses_forward_mode(case: Case) -> None:
             pytest.raises(NotImplementedError, match=FORWARD_MODE),
         ):
             loss(torch.autograd.forward_ad.make_dual(tensor, tensor))
+    grad_output = to_torch(case.grad_output())
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=FORWARD_MODE):
+        case.backward(tensors(case, grad=False), torch.autograd.forward_ad.make_dual(grad_output, grad_output))
 
 
 @pytest.mark.parametrize("case", EACH, ids=str)
