@@ -19,9 +19,7 @@ Tensor = torch.Tensor
 
 def compute(op: Op, *arguments: Any) -> Tensor:
     """The output for the arguments of the operator in `torch.ops.cudcn`."""
-    count = len(op.tensors)
-    tensors, values = arguments[:count], (tuple(v) if isinstance(v, list) else v for v in arguments[count:])
-    g = op.geometry(specs(tensors), **dict(zip(op.attributes, values, strict=True)))
+    tensors, g = arguments[: len(op.tensors)], geometry(op, *arguments)
     dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32  # in which the kernels calculate
     wide = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
     if isinstance(g, Convolution):
@@ -29,6 +27,12 @@ def compute(op: Op, *arguments: Any) -> Tensor:
     if isinstance(g, RoIPooling):
         return _average(g, *wide).to(tensors[0].dtype) if g.kind == "Average" else _pool(g, *wide).to(tensors[0].dtype)
     return _aggregate(g, *wide).to(tensors[0].dtype)
+
+
+def geometry(op: Op, *arguments: Any) -> Any:
+    count = len(op.tensors)
+    values = (tuple(v) if isinstance(v, list) else v for v in arguments[count:])
+    return op.geometry(specs(arguments[:count]), **dict(zip(op.attributes, values, strict=True)))
 
 
 def _convolve(

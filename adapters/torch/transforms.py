@@ -18,19 +18,26 @@ import torch
 
 from cudcn.op import Op, spread
 
-from . import formulas, vmap
+from . import formulas, onnx, vmap
 
 Arguments = Sequence[Any]
 
 
 def call(op: Op, *arguments: Any) -> Any:
-    """The torch operator, with a derivative and a rule for vmap."""
-    return _overload(op.name)(*arguments) if torch.compiler.is_compiling() else _Forward.apply(*arguments, op)
+    """The torch operator, with a derivative and a rule for vmap; in torch.onnx.export what ONNX knows."""
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        return onnx.compute(op, *arguments)
+    return _overload(op.name)(*arguments) if _is_recorded() else _Forward.apply(*arguments, op)
 
 
 def call_backward(op: Op, *arguments: Any) -> Any:
     name = f"{op.name}_backward"
-    return _overload(name)(*arguments) if torch.compiler.is_compiling() else _Backward.apply(*arguments, op)
+    return _overload(name)(*arguments) if _is_recorded() else _Backward.apply(*arguments, op)
+
+
+def _is_recorded() -> bool:
+    """Whether a graph is made of the call, which names torch's operators."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def derive(op: Op, library: torch.library.Library) -> None:
