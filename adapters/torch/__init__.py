@@ -1,6 +1,8 @@
-"""The operators on PyTorch tensors: differentiable once, seen by torch.compile and torch.func, without copies.
+"""The operators on PyTorch tensors: differentiable, seen by torch.compile and torch.func, without copies.
 
-There is no forward mode (`torch.func.jvp`), and `torch.func.vmap` calls one item after the other. Tensors that say
+`torch.func.vmap` makes one call, and second derivatives are computed by formulas.py, slowly and with all samples in
+memory. `torch.onnx.export(..., dynamo=True)` writes ONNX's own nodes. There is no forward mode (`torch.func.jvp`).
+Tensors that say
 where to look and have no gradient (rois, spatial_shapes, level_start_index) may be NumPy arrays, which are copied.
 """
 

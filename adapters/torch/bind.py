@@ -33,7 +33,14 @@ def bind(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The operator's public pair for torch tensors alone, which `run` and `run_backward` compute from now on."""
     _define(op)
     derive(op, _LIBRARY)
+    for function in op.function, op.backward_function:
+        function.__prepare_scriptable__ = partial(_refuse_script, function.__name__)  # type: ignore[attr-defined]
     return dispatch.only("torch", op.function), dispatch.only("torch", op.backward_function)
+
+
+def _refuse_script(name: str) -> Any:
+    """For TorchScript, which would say of Python's grammar what it lacks."""
+    raise NotImplementedError(f"{name}: torch.jit.script is not supported; use torch.export, or torch.jit.trace")
 
 
 def run(op: Op, tensors: Sequence[Any], attributes: dict[str, Any]) -> Any:
@@ -143,7 +150,7 @@ def _empty_output(op: Op, rules: Callable[..., Any], arguments: Sequence[Any]) -
     count = len(op.tensors)
     _check_devices(op.name, op.tensors, arguments)
     geometry = _geometry_of(op, rules, arguments[:count], arguments[count:])
-    return geometry, torch.empty(geometry.output.shape, dtype=arguments[0].dtype, device=arguments[0].device)
+    return geometry, _empty(geometry.output.shape, like=arguments[0])
 
 
 def _empty_grads(op: Op, rules: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, list[torch.Tensor | None]]:
@@ -155,7 +162,15 @@ def _empty_grads(op: Op, rules: Callable[..., Any], arguments: Sequence[Any]) ->
     geometry = _geometry_of(op, rules, tensors, attributes)
     op.check_grad_output(geometry, grad_output)
     wanted = [t if need else None for t, need in zip(tensors, needs, strict=True)]
-    return geometry, [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
+    return geometry, [None if t is None else _empty(t.shape, like=t) for t in wanted]
+
+
+def _empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """Channels last in memory where those of `like` are, so that layers that follow find what they are fastest with."""
+    last = len(shape) == like.ndim == 4 and not like.is_contiguous()
+    last = last and like.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
 def _geometry_of(op: Op, rules: Callable[..., Any], tensors: Sequence[Any], attributes: Sequence[Any]) -> Any:
@@ -223,11 +238,15 @@ def _tf32() -> bool:
 
 
 def _numpy_view(tensor: torch.Tensor | None) -> Any:
+    """By address: after `tensor.numpy()` torch refuses to resize the memory, which FSDP does to a layer's weights."""
     if tensor is None:
         return None
-    if tensor.dtype == torch.bfloat16:  # which torch does not hand to NumPy
-        return tensor.detach().view(torch.int16).numpy().view(_numpy_dtype(torch.bfloat16))
-    return tensor.detach().numpy()
+    dtype, size = _numpy_dtype(tensor.dtype), tensor.element_size()
+    interface = {
+        "version": 3, "data": (tensor.data_ptr(), False), "typestr": dtype.str, "shape": tuple(tensor.shape),
+        "strides": tuple(size * stride for stride in tensor.stride()),
+    }  # fmt: skip
+    return np.asarray(SimpleNamespace(__array_interface__=interface, tensor=tensor)).view(dtype)
 
 
 @functools.cache
