@@ -10,6 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
