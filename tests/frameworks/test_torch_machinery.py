@@ -18,7 +18,7 @@ import cudcn
 torch = pytest.importorskip("torch")
 from frameworks.torch_tensors import flat, gradients, overload, tensors, to_torch  # noqa: E402
 
-import cudcn.torch  # noqa: E402
+import cudcn.torch.nn  # noqa: E402
 
 jit_is_deprecated = pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")
 PLANAR = [case for case in ADAPTED if "rois" in case.op.tensors or getattr(case, "layout", None) == "NCHW"]
@@ -127,8 +127,8 @@ class Network(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first = cudcn.torch.ModulatedDeformConv2d(3, 4, 3, padding=1)
-        self.second = cudcn.torch.ModulatedDeformConv2d(4, 2, 3, padding=1)
+        self.first = cudcn.torch.nn.ModulatedDeformConv2dPack(3, 4, 3, padding=1)
+        self.second = cudcn.torch.nn.ModulatedDeformConv2dPack(4, 2, 3, padding=1)
         for parameter in self.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         self.double()
@@ -146,7 +146,7 @@ def test_pickled_and_copied() -> None:
 def test_symbolic_tracing_with_the_layers_as_leaves() -> None:
     class Tracer(torch.fx.Tracer):
         def is_leaf_module(self, module: Any, name: str) -> bool:
-            return isinstance(module, cudcn.torch.ModulatedDeformConv2d) or super().is_leaf_module(module, name)
+            return isinstance(module, cudcn.torch.nn.ModulatedDeformConv2dPack) or super().is_leaf_module(module, name)
 
     network, input = Network(), torch.rand(2, 3, 5, 6, dtype=torch.float64)
     graph = Tracer().trace(network)
