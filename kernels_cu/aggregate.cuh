@@ -122,7 +122,7 @@ template <typename A> struct Attention {
 
 // ms_deform_attn with a number of points for each level, or with discrete samples: those of the pixels that the places
 // lie in. A source of its own, for what it costs; the functions below say what it does otherwise.
-constexpr int BOUNDS = 33;
+constexpr int BOUNDS = 17;
 template <typename A> struct AttentionV2 {
   int bounds[BOUNDS];  // each level's first sample, and from the end of the last level on how many there are
   int pixels, discrete;

@@ -160,6 +160,7 @@ aggregate_backward_input(const T *__restrict__ grad_output, const long long *__r
     const unsigned row = which * warps + warp;
     if (row >= rows) return;
     const int inside = int(row / p.pixels), pixel = int(row) - inside * p.pixels;
+#pragma unroll 1
     for (int level = 0; level < pairs.levels; ++level) {
       const Map<A> map = source.map(source.level(level, shapes, starts), A(0), A(0));
       const int in_level = pixel - map.first;

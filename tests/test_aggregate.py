@@ -367,6 +367,41 @@ def test_softmax_inside_is_softmax_outside(case: Any) -> None:
     assert error(case.forward(large), case.forward(tensors)) <= 1e-10
 
 
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_discrete_sample_is_one_pixel(dtype: str) -> None:
+    """Half a pixel rounds up, what is beyond a border is the pixel there, and NaN is neither near it nor nowhere."""
+    places = np.array([-5, -0.5, 0, 0.49, 0.5, 1.5, 2.49, 2.5, 3, 99, np.nan, np.inf, -np.inf], dtype) / 4
+    pixels = [0, 0, 0, 0, 1, 2, 2, 3, 3, 3, None, None, None]
+    weight = np.ones((1, len(places), 1, 1, 1), dtype)
+    for axis in (0, 1):
+        locations = np.zeros((1, len(places), 1, 1, 1, 2), dtype)
+        locations[..., axis] = places[:, None, None, None]
+        shapes = [(1, 4)] if axis == 0 else [(4, 1)]
+        for at in range(4):
+            value = np.full((1, 4, 1, 1), np.nan, dtype)
+            value[0, at] = at + 1
+            out = cudcn.ms_deform_attn(value, shapes, None, locations, weight, method="discrete")
+            want = [0 if p is None else p + 1 if p == at else np.nan for p in pixels]
+            np.testing.assert_array_equal(out.ravel(), want)
+            only = np.where(np.array(pixels) == at, 1, np.nan).astype(dtype).reshape(1, -1, 1)
+            grads = cudcn.ms_deform_attn_backward(only, value, shapes, None, locations, weight, method="discrete")
+            assert grads.value[0, at] == pixels.count(at)
+            assert not grads.sampling_locations.any()
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("shapes", [[(5, 4), (3, 2)], ((5, 4), (3, 2)), [[5, 4], [3, 2]]], ids=str)
+def test_levels_by_their_shapes(shapes: Any) -> None:
+    case = Attention("plain")
+    tensors = case.tensors()
+    short = {**tensors, "spatial_shapes": shapes, "level_start_index": None}
+    assert np.array_equal(case.forward(short), case.forward(tensors))
+    grads, want = case.backward(short, case.grad_output()), case.backward(tensors, case.grad_output())
+    for name in ("value", "sampling_locations", "attention_weights"):
+        assert np.array_equal(grads[name], want[name])
+
+
 # ---- properties
 
 sizes = st.integers(1, 5)

@@ -72,10 +72,10 @@ def ms_deform_attn(
         the floating tensors, once.
 
     Raises:
-        ValueError: a shape, an attribute or a device breaks one of the rules above; there are more than 32 levels
-            and `points` that differ, or the method is "discrete"; on the CPU also where a level
-            is empty or does not lie inside value. (On CUDA, where nobody looks at the numbers beforehand, such a
-            level adds 0. Where JAX runs the call, its own `jax.errors.JaxRuntimeError` may carry this message.)
+        ValueError: a shape, an attribute or a device breaks one of the rules above; there are more than 16 levels with
+            `points` or `method="discrete"`; on the CPU also where a level is empty or does not lie inside value. (On
+            CUDA, where nobody looks at the numbers beforehand, such a level adds 0. Where JAX runs the call, its own
+            `jax.errors.JaxRuntimeError` may carry this message.)
         TypeError: a dtype does, or the tensors are of different frameworks.
 
     Papers: Deformable DETR: Deformable Transformers for End-to-End Object Detection (Zhu et al., 2021). `points` and
@@ -139,7 +139,7 @@ def _as_array(spatial_shapes: Any, value: Any) -> Any:
     """A sequence of pairs as an array beside `value`; anything else as it is."""
     if not isinstance(spatial_shapes, list | tuple):
         return spatial_shapes
-    pairs = [check.integers("ms_deform_attn", "each of spatial_shapes", each, least=1) for each in spatial_shapes]
+    pairs = [check.integers("ms_deform_attn", "a pair of spatial_shapes", each, least=1) for each in spatial_shapes]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"ms_deform_attn: each of spatial_shapes must be (H, W), got {spatial_shapes}")
     return dispatch.constant(np.array(pairs, np.int64).reshape(-1, 2), like=value)
@@ -149,10 +149,20 @@ def _canonical(*, softmax: Any, points: Any, method: Any, layout: Any) -> dict[s
     name = "ms_deform_attn"
     return {
         "softmax": check.flag(name, "softmax", softmax),
-        "points": () if points is None else check.integers(name, "points", points, least=1),
+        "points": () if points is None else _points(name, points),
         "method": check.choice(name, "method", method, ("bilinear", "discrete")),
         "layout": check.choice(name, "layout", layout, ("NSMD", "NMDS")),
     }
+
+
+def _points(name: str, value: Any) -> tuple[int, ...]:
+    points = check.integers(name, "points", value, least=1)
+    if len(points) > MOST_LEVELS or sum(points) > check.LARGEST:
+        raise ValueError(
+            f"{name}: points must be of at most {MOST_LEVELS} levels, and fewer than 2**31 together, "
+            f"got {len(points)} and {sum(points)}"
+        )
+    return points
 
 
 def _geometry(specs: tuple[Any, ...], *, softmax: bool, points: tuple[int, ...], method: str, layout: str) -> Attention:
@@ -181,11 +191,8 @@ def _geometry(specs: tuple[Any, ...], *, softmax: bool, points: tuple[int, ...],
             f"{name}: M, D, L and P must be at least 1, got value {value.shape}, spatial_shapes "
             f"{spatial_shapes.shape} and sampling_locations {sampling_locations.shape}"
         )
-    if levels > MOST_LEVELS and (method == "discrete" or len(set(per_level)) > 1):
-        raise ValueError(
-            f"{name}: there must be at most {MOST_LEVELS} levels for points that differ and method='discrete', "
-            f"got {levels}"
-        )
+    if levels > MOST_LEVELS and method == "discrete":
+        raise ValueError(f"{name}: method 'discrete' takes at most {MOST_LEVELS} levels, got {levels}")
     check.pixels(name, "value", pixels)
     for tensor, spec, axes, shape in (
         ("sampling_locations", sampling_locations, f"(N, Q, M, {samples}, 2)", (*per_query, 2)),
