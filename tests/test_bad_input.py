@@ -191,7 +191,7 @@ BAD = [
         ({"layout": "NMDS"}, ValueError, r"sampling_locations must be .* = \(2, 5, 26, 2, 3, 2\), got"),
         ({"spatial_shapes": [5, 4]}, ValueError, r"a pair of spatial_shapes must be a sequence of ints, got 5"),
         ({"spatial_shapes": [(5, 4), (3, 2, 1)]}, ValueError, r"each of spatial_shapes must be \(H, W\), got \[\(5"),
-        ({"spatial_shapes": [(5, 4), (3, 0)]}, ValueError, r"each of a pair of spatial_shapes must be at least 1 .* got 0"),
+        ({"spatial_shapes": [(5, 4), (3, 0)]}, ValueError, r"each of a pair of .*_shapes must be at least 1 .* 0"),
         ({"spatial_shapes": []}, ValueError, r"level_start_index must be \(L,\) = \(0,\), got \(2,\)"),
     ]),
 ]  # fmt: skip
