@@ -73,7 +73,7 @@ def integers(op: str, name: str, value: Any, least: int) -> tuple[int, ...]:
     """A sequence of at least one."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray) or not value:
         raise ValueError(f"{op}: {name} must be a sequence of ints, got {_shown(value)}")
-    return tuple([integer(op, f"each of {name}", each, least) for each in value])
+    return tuple([integer(op, f"{name}[{i}]", each, least) for i, each in enumerate(value)])
 
 
 def padding(op: str, value: Any) -> tuple[int, int, int, int]:

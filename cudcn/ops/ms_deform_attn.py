@@ -139,9 +139,10 @@ def _as_array(spatial_shapes: Any, value: Any) -> Any:
     """A sequence of pairs as an array beside `value`; anything else as it is."""
     if not isinstance(spatial_shapes, list | tuple):
         return spatial_shapes
-    pairs = [check.integers("ms_deform_attn", "a pair of spatial_shapes", each, least=1) for each in spatial_shapes]
+    name = "ms_deform_attn"
+    pairs = [check.integers(name, f"spatial_shapes[{i}]", pair, least=1) for i, pair in enumerate(spatial_shapes)]
     if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"ms_deform_attn: each of spatial_shapes must be (H, W), got {spatial_shapes}")
+        raise ValueError(f"{name}: each of spatial_shapes must be (H, W), got {spatial_shapes}")
     return dispatch.constant(np.array(pairs, np.int64).reshape(-1, 2), like=value)
 
 
