@@ -69,6 +69,13 @@ def pair(op: str, name: str, value: Any, least: int = 1, axes: str = "(h, w)") -
     return number, number
 
 
+def integers(op: str, name: str, value: Any, least: int) -> tuple[int, ...]:
+    """A sequence of at least one."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray) or not value:
+        raise ValueError(f"{op}: {name} must be a sequence of ints, got {_shown(value)}")
+    return tuple([integer(op, f"{name}[{i}]", each, least) for i, each in enumerate(value)])
+
+
 def padding(op: str, value: Any) -> tuple[int, int, int, int]:
     """`value` as (top, bottom, left, right)."""
     if isinstance(value, Sequence) and len(value) == 2 and any(isinstance(v, Sequence) for v in value):

@@ -169,6 +169,14 @@ def array(op: str, name: str, tensor: Any) -> Any:
         raise TypeError(f"{op}: {name} must be readable by DLPack, but that failed{hint}: {error!r}") from error
 
 
+def constant(array: np.ndarray, like: Any) -> Any:
+    """A NumPy array of a tensor without a gradient, for a call with `like`: a CuPy array beside CuPy's."""
+    if not _is(like, "cupy"):
+        return array
+    with like.device:
+        return cupy().asarray(array)
+
+
 def constants(op: str, names: Iterable[str], tensors: Iterable[Any]) -> list[Any]:
     """The tensors, NumPy's among them in the machine's byte order; TypeError if these hold no numbers."""
     found = []

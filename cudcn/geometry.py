@@ -5,6 +5,7 @@ Pairs are (h, w). Each is the same as itself alone, so that what follows from on
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from . import sources
 # Pixels along a side that RoI pooling takes, and samples along an axis of a bin: so far float32 has all whole numbers
 # and the halves between.
 MOST = sources.constant("pooling.cuh", "MOST")
+# Levels of an attention that has a number of points for each.
+MOST_LEVELS = sources.constant("aggregate.cuh", "BOUNDS") - 1
 
 
 class Spec(NamedTuple):
@@ -92,10 +95,10 @@ class RoIPooling:
 
 # Every output of dcnv3, dcnv4 and ms_deform_attn is a sum of weighted samples of its own group's channels:
 #
-#   out[n, q, g] = sum over l, p of weight[n, q, g, l, p] * bilinear(image[n, level l, g], origin + scale * place)
+#   out[n, q, g] = sum over samples s of weight[n, q, g, s] * bilinear(image[n, level of s, g], origin + scale * place)
 #
-# where `place` is what the caller gives: an offset of Windows, a location of Attention. Queries have two axes in both,
-# and levels one, so that one piece of code takes all three operators.
+# where `place` is what the caller gives: an offset of Windows, a location of Attention, and samples are the levels'
+# points, one level's after the other's. Queries have two axes in both, so that one piece of code takes all three.
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,8 +127,16 @@ class Windows:
         return 1
 
     @property
-    def points(self) -> int:
-        return self.kernel[0] * self.kernel[1] - self.remove_center
+    def points(self) -> tuple[int]:
+        return (self.kernel[0] * self.kernel[1] - self.remove_center,)
+
+    @property
+    def samples(self) -> int:
+        return self.points[0]
+
+    @property
+    def discrete(self) -> bool:
+        return False
 
     @property
     def pixels(self) -> int:
@@ -137,15 +148,15 @@ class Windows:
         return self.dilation[0] * (self.kernel[0] - 1) // 2, self.dilation[1] * (self.kernel[1] - 1) // 2
 
     def views(self, input: Any, offset: Any, mask: Any = None) -> tuple[Any, Any, Any]:
-        """The image (N, H, W, G, D), the places (N, *queries, G, 1, P, 2) and their weights (..., 1, P)."""
-        group = (self.groups, 1)
+        """The image (N, H, W, G, D), the places (N, *queries, G, samples, 2) and their weights (..., samples)."""
+        group = (self.groups, self.samples)
         if offset is not None and self.packed:
-            per_group = offset[..., : self.groups * self.points * 3].reshape(*offset.shape[:3], *group, -1)
-            offset, mask = per_group[..., : 2 * self.points], per_group[..., 2 * self.points :]
+            per_group = offset[..., : 3 * math.prod(group)].reshape(*offset.shape[:3], self.groups, -1)
+            offset, mask = per_group[..., : 2 * self.samples], per_group[..., 2 * self.samples :]
         return (
             None if input is None else self.by_group(input),
-            None if offset is None else offset.reshape(*offset.shape[:3], *group, self.points, 2),
-            None if mask is None else mask.reshape(*mask.shape[:3], *group, self.points),
+            None if offset is None else offset.reshape(*offset.shape[:3], *group, 2),
+            None if mask is None else mask.reshape(*mask.shape[:3], *group),
         )
 
     def by_group(self, image: Any) -> Any:
@@ -153,7 +164,7 @@ class Windows:
 
     def unused(self, input: Any, offset: Any, *_: Any) -> Any:
         """The channels of dcnv4's packed tensor that hold nothing; None if there are none."""
-        return offset[..., self.groups * self.points * 3 :] if self.packed and offset is not None else None
+        return offset[..., self.groups * self.samples * 3 :] if self.packed and offset is not None else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -166,18 +177,42 @@ class Attention:
     queries: tuple[int, int]  # the second is 1
     groups: int  # heads
     group_channels: int
-    levels: int
-    points: int  # of one level
+    points: tuple[int, ...]  # of each level
     softmax: bool
+    discrete: bool  # a sample is the pixel that its place lies in
+    layout: str  # of the value: "NSMD" or "NMDS"
     output: Spec
+
+    @property
+    def levels(self) -> int:
+        return len(self.points)
+
+    @property
+    def samples(self) -> int:
+        return sum(self.points)
 
     @property
     def packed(self) -> bool:
         return False
 
+    def image(self, value: Any) -> Any:
+        """An (N, pixels, G, D) view of a value, or of its gradient, in the call's layout."""
+        return None if value is None else value.transpose(tuple(self.layout.index(axis) for axis in "NSMD"))
+
+    @staticmethod
+    def fill_starts(starts: Any, shapes: Any) -> None:
+        """Where levels of these shapes begin in the pixels, one after the other."""
+        areas = shapes.prod(axis=1, dtype="int64")
+        starts[...] = areas.cumsum() - areas
+
     def views(self, value: Any, shapes: Any, starts: Any, locations: Any, weights: Any) -> tuple[Any, Any, Any]:
-        """The images (N, pixels, G, D), the places (N, *queries, G, L, P, 2) and their weights (..., L, P)."""
-        return value, *(None if tensor is None else tensor[:, :, None] for tensor in (locations, weights))
+        """The images (N, pixels, G, D), the places (N, *queries, G, samples, 2) and their weights (..., samples)."""
+        per_group = (self.batch, *self.queries, self.groups, self.samples)
+        return (
+            self.image(value),
+            None if locations is None else locations.reshape(*per_group, 2),
+            None if weights is None else weights.reshape(per_group),
+        )
 
     def by_group(self, output: Any) -> Any:
         return output.reshape(*output.shape[:2], 1, self.groups, self.group_channels)

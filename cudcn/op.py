@@ -37,7 +37,7 @@ class Op:
 
     `function` and `backward_function` are the public pair. The first one's positional parameters name the tensors,
     its keyword-only ones the attributes, and their annotations the types (`Pair` and `Padding` are tuples of ints
-    once canonical).
+    once canonical). A tensor can be None if that is its default, or its annotation `Any | None`.
     `canonical(**attributes)` brings the attributes to flat tuples and plain numbers, or raises.
     `geometry(specs, **canonical)` checks the tensors and returns a class of geometry.py, whose `output` is a Spec.
     `cpu` and `cuda` are the modules that compute: on the CPU `forward(geometry, out, *tensors)` fills `out`, and
@@ -69,7 +69,11 @@ class Op:
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.function).parameters.values()
         self.name = self.function.__name__
-        self.tensors = {p.name: p.default is None for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+        self.tensors = {
+            p.name: p.default is None or p.annotation == "Any | None"
+            for p in parameters
+            if p.kind is p.POSITIONAL_OR_KEYWORD
+        }
         self.backward_tensors = {"grad_output": False, **self.tensors}
         self.attributes = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
         self.known_geometry = functools.lru_cache(maxsize=_REMEMBERED)(self.geometry)

@@ -52,17 +52,21 @@ class Struct:
     """
 
     def __init__(self, name: str, symbol: str, **others: type | np.dtype) -> None:
-        """`others` are the types of fields that are not numbers: template parameters, and structs' dtypes."""
+        """`others` are the types of fields that are not numbers: template parameters, and structs' dtypes.
+
+        A field can be an array, as long as a constant of the file says.
+        """
         self.name = symbol
         match = re.search(rf"\bstruct {symbol} {{\n(.*?)^}};", text(name), re.MULTILINE | re.DOTALL)
         if match is None:
             raise LookupError(f"{path(name).name} has no struct {symbol}")
         types = {**_TYPES, **others}
         fields = []
-        for kind, names in re.findall(r"^  (\w[\w ]*?) (\w+(?:, \w+)*);", match[1], re.MULTILINE):
+        for kind, names, length in re.findall(r"^  (\w[\w ]*?) (\w+(?:, \w+)*)(?:\[(\w+)\])?;", match[1], re.MULTILINE):
             if kind not in types:
                 raise LookupError(f"{symbol} of {path(name).name} has a field of type {kind}, which is not known here")
-            fields += [(field, types[kind]) for field in names.split(", ")]
+            shape = (constant(name, length),) if length else ()
+            fields += [(field, types[kind], shape) for field in names.split(", ")]
         self.dtype = np.dtype(fields, align=True)
         self._names = self.dtype.names or ()
 

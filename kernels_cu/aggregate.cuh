@@ -44,6 +44,12 @@ struct Aggregate {
 template <typename A> struct Map {
   A origin_y, origin_x, scale_y, scale_x, end_y, end_x;
   int first, columns, last_row, last_column;
+
+  // From a place to its position.
+  __device__ __forceinline__ void locate(A &y, A &x) const {
+    y = origin_y + scale_y * y;
+    x = origin_x + scale_x * x;
+  }
 };
 
 // What a warp keeps of a row.
@@ -69,6 +75,9 @@ template <typename A> struct Windows {
     const int column = int(kernel_h_of(tap)), row = tap - column * kernel_h;
     return {A(row * dilation_h - center_h) * scale, A(column * dilation_w - center_w) * scale};
   }
+  __device__ __forceinline__ Shared level(int, const long long *shapes, const long long *starts) const {
+    return shared(0, shapes, starts);  // all are of the same image
+  }
   __device__ __forceinline__ A row_y(int y) const { return A(y * stride_h - top + center_h); }
   __device__ __forceinline__ A row_x(int x) const { return A(x * stride_w - left + center_w); }
   __device__ __forceinline__ Map<A> map(const Shared &tap, A y, A x) const {
@@ -76,18 +85,12 @@ template <typename A> struct Windows {
   }
 };
 
-// ms_deform_attn: every level's points. A level that is not inside the value's pixels has none: it ends before it
-// begins.
-template <typename A> struct Attention {
-  int points, pixels;
+// A level of ms_deform_attn. One that is not inside the value's pixels has none: it ends before it begins.
+template <typename A> struct __align__(16) Level {
+  A height, width, end_y, end_x;
+  int first, columns, last_row, last_column;
 
-  struct __align__(16) Shared {
-    A height, width, end_y, end_x;
-    int first, columns, last_row, last_column;
-  };
-
-  __device__ __forceinline__ Shared shared(int sample, const long long *shapes, const long long *starts) const {
-    const int level = sample / points;
+  static __device__ __forceinline__ Level of(int level, int pixels, const long long *shapes, const long long *starts) {
     const long long height = shapes[2 * level], width = shapes[2 * level + 1], first = starts[level];
     const bool inside = height > 0 && height <= pixels && width > 0 && width <= pixels && first >= 0 &&
                         first <= pixels && height * width <= pixels - first;
@@ -95,12 +98,48 @@ template <typename A> struct Attention {
     return {A(height), A(width), not_below<A>(int(height)), not_below<A>(int(width)),
             int(first), int(width), int(height) - 1, int(width) - 1};
   }
+  __device__ __forceinline__ Map<A> map(A y, A x) const {
+    return {y, x, height, width, end_y, end_x, first, columns, last_row, last_column};
+  }
+};
+
+// ms_deform_attn, with as many points in every level.
+template <typename A> struct Attention {
+  int points, pixels;
+
+  using Shared = Level<A>;
+
+  __device__ __forceinline__ Shared shared(int sample, const long long *shapes, const long long *starts) const {
+    return level(sample / points, shapes, starts);
+  }
+  __device__ __forceinline__ Shared level(int level, const long long *shapes, const long long *starts) const {
+    return Shared::of(level, pixels, shapes, starts);
+  }
   __device__ __forceinline__ A row_y(int) const { return A(-0.5); }
   __device__ __forceinline__ A row_x(int) const { return A(-0.5); }
-  __device__ __forceinline__ Map<A> map(const Shared &level, A y, A x) const {
-    return {y, x, level.height, level.width, level.end_y, level.end_x,
-            level.first, level.columns, level.last_row, level.last_column};
+  __device__ __forceinline__ Map<A> map(const Shared &level, A y, A x) const { return level.map(y, x); }
+};
+
+// ms_deform_attn with a number of points for each level, or with discrete samples: those of the pixels that the places
+// lie in. A source of its own, for what it costs; the functions below say what it does otherwise.
+constexpr int BOUNDS = 17;
+template <typename A> struct AttentionV2 {
+  int bounds[BOUNDS];  // each level's first sample, and from the end of the last level on how many there are
+  int pixels, discrete;
+
+  using Shared = Level<A>;
+
+  __device__ __forceinline__ Shared shared(int sample, const long long *shapes, const long long *starts) const {
+    int number = 0;
+    while (sample >= bounds[number + 1]) ++number;
+    return level(number, shapes, starts);
   }
+  __device__ __forceinline__ Shared level(int level, const long long *shapes, const long long *starts) const {
+    return Shared::of(level, pixels, shapes, starts);
+  }
+  __device__ __forceinline__ A row_y(int) const { return discrete ? A(0.5) : A(-0.5); }
+  __device__ __forceinline__ A row_x(int) const { return discrete ? A(0.5) : A(-0.5); }
+  __device__ __forceinline__ Map<A> map(const Shared &level, A y, A x) const { return level.map(y, x); }
 };
 
 // A number for each corner of a cell.
@@ -222,6 +261,39 @@ struct Held {
   static __device__ __forceinline__ int first(const Aggregate &p, int r) { return r * (p.held | 1); }
 };
 
+// From a place to the position that is sampled.
+template <typename A, typename Source>
+__device__ __forceinline__ void locate(const Source &, const Map<A> &map, A &y, A &x) {
+  map.locate(y, x);
+}
+
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
+// A discrete sample's is its pixel, the nearest one of the level. The product is rounded as on the CPU: the sum with
+// one that is not could lie in the next pixel.
+template <typename A>
+__device__ __forceinline__ void locate(const AttentionV2<A> &source, const Map<A> &map, A &y, A &x) {
+  if (!source.discrete) return map.locate(y, x);
+  y = map.origin_y + rounded_product(map.scale_y, y);
+  x = map.origin_x + rounded_product(map.scale_x, x);
+  const bool finite = isfinite(y) && isfinite(x);
+  y = finite ? floor(min(max(y, A(0)), nextafter(map.end_y, A(0)))) : A(-2);  // outside
+  x = finite ? floor(min(max(x, A(0)), nextafter(map.end_x, A(0)))) : A(-2);
+}
+
+// Makes a discrete sample's pixel an image of its own, so that none beside it is read.
+template <typename A, typename Source>
+__device__ __forceinline__ void isolate(const Source &, Map<A> &, A &, A &) {}
+template <typename A> __device__ __forceinline__ void isolate(const AttentionV2<A> &source, Map<A> &map, A &y, A &x) {
+  if (!source.discrete || y < A(0)) return;
+  map.first += int(y) * map.columns + int(x);
+  map.columns = 1;
+  map.last_row = map.last_column = 0;
+  map.end_y = map.end_x = A(1);
+  y = x = A(0);
+}
+
 // Where sample s of a row lies, in the image of its map.
 template <typename A> struct Position {
   Map<A> map;
@@ -232,8 +304,10 @@ template <typename A> struct Position {
                                       int s)
       : map(source.map(shared, row.y, row.x)) {
     const O *place = step(row.places, s, 2 * sizeof(O));
-    y = map.origin_y + map.scale_y * A(__ldg(place + 1));
-    x = map.origin_x + map.scale_x * A(__ldg(place));
+    y = A(__ldg(place + 1));
+    x = A(__ldg(place));
+    locate(source, map, y, x);
+    isolate(source, map, y, x);
   }
 };
 

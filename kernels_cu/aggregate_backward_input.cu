@@ -4,7 +4,7 @@
 // floats, no sums in memory, and every pixel is written once. T is the data's type, O that of places and weights.
 //
 // A segment is a level of a pair, an image and one of its groups. All levels of an image have room for as many cells as
-// one may have, so that segments follow from the shapes; those that hold no level have no samples.
+// one may have, and as many samples, so that segments follow from the shapes; those that hold no level have none.
 //
 // What it takes, by estimate, for dcnv4 at 64 x 56 x 56 x 128, 4 groups, 9 taps, half precision, on an H100: 7.2 M
 // samples, of which places and weights are read twice (90 MB), numbers, cells and records written and read (290 MB),
@@ -15,10 +15,39 @@
 
 constexpr int LONG = 256;  // records of a pixel above that are shared by all lanes of a warp
 
-// The pairs that are sorted together, image by image; `levels`, and the cells and samples of each, are those of a pair.
+// The pairs that are sorted together, image by image; `levels`, and the points, cells and samples of each, are those of
+// a pair.
 struct Pairs {
-  int first, count, levels, cells, samples;
+  int first, count, levels, points, cells, samples;
 };
+
+// The number among a row's samples of a level's point, and whether it has the point.
+template <typename Source>
+__device__ __forceinline__ int number_of(const Source &, const Pairs &pairs, int level, int point) {
+  return level * pairs.points + point;
+}
+template <typename Source> __device__ __forceinline__ bool has(const Source &, int, int) { return true; }
+
+// Levels with fewer points than `pairs.points`: of those that they lack, the number is another's.
+template <typename A>
+__device__ __forceinline__ int number_of(const AttentionV2<A> &source, const Pairs &, int level, int point) {
+  return min(source.bounds[level] + point, source.bounds[level + 1] - 1);
+}
+template <typename A> __device__ __forceinline__ bool has(const AttentionV2<A> &source, int level, int point) {
+  return source.bounds[level] + point < source.bounds[level + 1];
+}
+
+// A discrete sample touches no pixel but the top left one of its cell.
+template <typename Source> __device__ __forceinline__ Lists touching(const Source &, const Lists &lists) {
+  return lists;
+}
+template <typename A> __device__ __forceinline__ Lists touching(const AttentionV2<A> &source, Lists lists) {
+  if (source.discrete) {
+    lists.begin[0] = lists.end[0];
+    lists.begin[1] = lists.middle[1];
+  }
+  return lists;
+}
 
 // The softmax of every query of the pairs. Threads (lanes, rows), a row a query; lanes are a power of two up to 32.
 template <typename T, typename O>
@@ -45,6 +74,7 @@ template <typename A, typename O, typename Source> struct Samples {
 
   struct One {
     int segment, inside, query, row, at;  // inside: the number of its pair among those of the sort; row: of all queries
+    bool exists;                          // the sample does
     const O *places, *weights;            // of the query and group
     Map<A> map;
     Cell<A> cell;
@@ -53,28 +83,28 @@ template <typename A, typename O, typename Source> struct Samples {
   __device__ __forceinline__ One one(int sample) const {
     One one;
     one.segment = sample / pairs.samples;
-    const int in_segment = sample - one.segment * pairs.samples, points = p.samples / pairs.levels;
+    const int in_segment = sample - one.segment * pairs.samples, points = pairs.points;
     one.inside = one.segment / pairs.levels;
     one.query = in_segment / points;
     const int level = one.segment - one.inside * pairs.levels, point = in_segment - one.query * points;
     const int pair = pairs.first + one.inside, image = pair / p.groups, group = pair - image * p.groups;
     const int y = one.query / p.width, x = one.query - y * p.width;
     one.row = image * p.height * p.width + one.query;
-    one.at = level * points + point;
+    one.at = number_of(source, pairs, level, point);
     one.places = places + (one.row * p.places_query + group * p.places_group);
     one.weights = weights + (one.row * p.weights_query + group * p.weights_group + p.weights_first);
     one.map = source.map(source.shared(one.at, shapes, starts), source.row_y(y), source.row_x(x));
-    const A place_x = A(one.places[2 * one.at]), place_y = A(one.places[2 * one.at + 1]);
-    one.cell = Cell<A>(one.map.origin_y + one.map.scale_y * place_y, one.map.origin_x + one.map.scale_x * place_x,
-                       one.map.last_row + 1, one.map.columns, one.map.columns + 1, 1);
+    one.exists = has(source, level, point) && one.map.end_y > A(0);  // and its level
+    A x_at = A(one.places[2 * one.at]), y_at = A(one.places[2 * one.at + 1]);
+    locate(source, one.map, y_at, x_at);
+    one.cell = Cell<A>(y_at, x_at, one.map.last_row + 1, one.map.columns, one.map.columns + 1, 1);
     return one;
   }
 
   __device__ __forceinline__ int cell(int sample) const {
     const One found = one(sample);
-    const bool exists = found.map.end_y > A(0);  // its level does
     const int inside = first_cell(found.map.columns + 1) + int(found.cell.first);
-    return exists && found.cell.adds ? found.segment * pairs.cells + inside : -1;
+    return found.exists && found.cell.adds ? found.segment * pairs.cells + inside : -1;
   }
 
   __device__ __forceinline__ Record<A> record(int sample) const {
@@ -122,7 +152,7 @@ aggregate_backward_input(const T *__restrict__ grad_output, const long long *__r
   using A = arithmetic_t<T>;
   const int lanes = int(blockDim.x), slots = 32 / lanes, slot = int(threadIdx.y) % slots;
   const unsigned warp = blockIdx.x * (THREADS / 32) + threadIdx.y / slots, warps = gridDim.x * (THREADS / 32);
-  const int points = p.samples / pairs.levels, stride = p.groups * p.channels;
+  const int stride = p.groups * p.channels;
   const unsigned rows = unsigned(pairs.count) * p.pixels;
 
   // The lists of the row in slot `which`: visit(lists, group) for each level that has the pixel.
@@ -130,13 +160,15 @@ aggregate_backward_input(const T *__restrict__ grad_output, const long long *__r
     const unsigned row = which * warps + warp;
     if (row >= rows) return;
     const int inside = int(row / p.pixels), pixel = int(row) - inside * p.pixels;
+#pragma unroll 1
     for (int level = 0; level < pairs.levels; ++level) {
-      const Map<A> map = source.map(source.shared(level * points, shapes, starts), A(0), A(0));
+      const Map<A> map = source.map(source.level(level, shapes, starts), A(0), A(0));
       const int in_level = pixel - map.first;
       if (in_level < 0 || in_level >= (map.last_row + 1) * map.columns) continue;
       const int y = in_level / map.columns, x = in_level - y * map.columns, pitch = map.columns + 1;
       const int segment = inside * pairs.levels + level;
-      visit(Lists(cell_starts + (segment * pairs.cells + y * pitch + x), pitch), (pairs.first + inside) % p.groups);
+      const Lists lists(cell_starts + (segment * pairs.cells + y * pitch + x), pitch);
+      visit(touching(source, lists), (pairs.first + inside) % p.groups);
     }
   };
 

@@ -232,11 +232,11 @@ class TestEmulated:
 # ---- other ways to the same numbers
 
 
-def grid_sample(image: Any, x: Any, y: Any) -> Any:
+def grid_sample(image: Any, x: Any, y: Any, mode: str = "bilinear") -> Any:
     """(B, D, Q, S) of an image (B, D, H, W) at positions (B, Q, S) in pixels."""
     height, width = image.shape[2:]
     grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
-    return torch.nn.functional.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return torch.nn.functional.grid_sample(image, grid, mode=mode, padding_mode="zeros", align_corners=False)
 
 
 def torch_dcnv3(input: Any, offset: Any, mask: Any, case: Windows) -> Any:
@@ -266,25 +266,30 @@ def torch_dcnv4(input: Any, offset_mask: Any, case: DCNv4) -> Any:
 
 
 def torch_ms_deform_attn(value: Any, shapes: Any, starts: Any, locations: Any, weights: Any, case: Attention) -> Any:
-    batch, queries, heads, levels, points = weights.shape
-    weights = weights.flatten(3).softmax(-1).reshape(weights.shape) if case.softmax else weights
-    total = 0
-    for level in range(levels):
-        height, width = (int(size) for size in shapes[level])
-        image = value[:, int(starts[level]) : int(starts[level]) + height * width].permute(0, 2, 3, 1)
-        image = image.reshape(batch * heads, -1, height, width)
-        place = locations[:, :, :, level].transpose(1, 2).reshape(batch * heads, queries, points, 2)
-        weight = weights[:, :, :, level].transpose(1, 2).reshape(batch * heads, 1, queries, points)
+    value = value if case.layout == "NSMD" else value.movedim(-1, 1)
+    batch, _, heads, _ = value.shape
+    counts, weights = oracle.counts(case.points, len(shapes)), weights.flatten(3)
+    places = locations.reshape(*weights.shape, 2).split(list(counts), -2)
+    weights = (weights.softmax(-1) if case.softmax else weights).split(list(counts), -1)
+    areas, total, queries = shapes.prod(1), 0, locations.shape[1]
+    starts = areas.cumsum(0) - areas if starts is None else starts
+    for (height, width), start, place, weight in zip(shapes.tolist(), starts.tolist(), places, weights, strict=True):
+        image = value[:, start : start + height * width].permute(0, 2, 3, 1).reshape(batch * heads, -1, height, width)
+        place = place.transpose(1, 2).flatten(0, 1)
+        weight = weight.transpose(1, 2).flatten(0, 1)[:, None]
         x, y = place[..., 0] * width - 0.5, place[..., 1] * height - 0.5
-        total = total + (grid_sample(image, x, y) * weight).sum(-1)
+        mode = "bilinear"
+        if case.method == "discrete":  # half a pixel off, and clamped
+            x, y, mode = (x + 0.5).clamp(0, width - 1), (y + 0.5).clamp(0, height - 1), "nearest"
+        total = total + (grid_sample(image, x, y, mode) * weight).sum(-1)
     return total.reshape(batch, -1, queries).transpose(1, 2)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_grid_sample(case: Case) -> None:
     composite = {"dcnv3": torch_dcnv3, "dcnv4": torch_dcnv4, "ms_deform_attn": torch_ms_deform_attn}[case.op.name]
-    tensors = {name: torch.from_numpy(t.copy()) for name, t in case.tensors().items()}
-    wanted = [t.requires_grad_() for t in tensors.values() if t.is_floating_point()]
+    tensors = {name: None if t is None else torch.from_numpy(t.copy()) for name, t in case.tensors().items()}
+    wanted = [t.requires_grad_() for t in tensors.values() if t is not None and t.is_floating_point()]
     out = composite(*tensors.values(), case)
     case.close(case.forward(case.tensors()), out.detach().numpy(), "float64")
     grads = torch.autograd.grad(out, wanted, torch.from_numpy(case.grad_output()))
@@ -362,6 +367,41 @@ def test_softmax_inside_is_softmax_outside(case: Any) -> None:
     assert error(case.forward(large), case.forward(tensors)) <= 1e-10
 
 
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_discrete_sample_is_one_pixel(dtype: str) -> None:
+    """Half a pixel rounds up, what is beyond a border is the pixel there, and NaN is neither near it nor nowhere."""
+    places = np.array([-5, -0.5, 0, 0.49, 0.5, 1.5, 2.49, 2.5, 3, 99, np.nan, np.inf, -np.inf], dtype) / 4
+    pixels = [0, 0, 0, 0, 1, 2, 2, 3, 3, 3, None, None, None]
+    weight = np.ones((1, len(places), 1, 1, 1), dtype)
+    for axis in (0, 1):
+        locations = np.zeros((1, len(places), 1, 1, 1, 2), dtype)
+        locations[..., axis] = places[:, None, None, None]
+        shapes = [(1, 4)] if axis == 0 else [(4, 1)]
+        for at in range(4):
+            value = np.full((1, 4, 1, 1), np.nan, dtype)
+            value[0, at] = at + 1
+            out = cudcn.ms_deform_attn(value, shapes, None, locations, weight, method="discrete")
+            want = [0 if p is None else p + 1 if p == at else np.nan for p in pixels]
+            np.testing.assert_array_equal(out.ravel(), want)
+            only = np.where(np.array(pixels) == at, 1, np.nan).astype(dtype).reshape(1, -1, 1)
+            grads = cudcn.ms_deform_attn_backward(only, value, shapes, None, locations, weight, method="discrete")
+            assert grads.value[0, at] == pixels.count(at)
+            assert not grads.sampling_locations.any()
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("shapes", [[(5, 4), (3, 2)], ((5, 4), (3, 2)), [[5, 4], [3, 2]]], ids=str)
+def test_levels_by_their_shapes(shapes: Any) -> None:
+    case = Attention("plain")
+    tensors = case.tensors()
+    short = {**tensors, "spatial_shapes": shapes, "level_start_index": None}
+    assert np.array_equal(case.forward(short), case.forward(tensors))
+    grads, want = case.backward(short, case.grad_output()), case.backward(tensors, case.grad_output())
+    for name in ("value", "sampling_locations", "attention_weights"):
+        assert np.array_equal(grads[name], want[name])
+
+
 # ---- properties
 
 sizes = st.integers(1, 5)
@@ -384,11 +424,13 @@ def any_windows(draw: st.DrawFn) -> Windows:
 
 @st.composite
 def any_attention(draw: st.DrawFn) -> Attention:
-    levels = draw(st.lists(st.tuples(sizes, sizes), min_size=1, max_size=3))
+    levels, ordered = draw(st.lists(st.tuples(sizes, sizes), min_size=1, max_size=3)), draw(st.booleans())
     return Attention(
         f"drawn {draw(st.integers(0, 99))}", batch=draw(sizes), queries=draw(sizes), heads=draw(st.integers(1, 3)),
-        channels=draw(sizes), sizes=tuple(levels), points=draw(st.integers(1, 4)), softmax=draw(st.booleans()),
-        gap=draw(st.integers(0, 2)),
+        channels=draw(sizes), sizes=tuple(levels),
+        points=draw(st.integers(1, 4) | st.tuples(*[st.integers(1, 4)] * len(levels))), softmax=draw(st.booleans()),
+        gap=0 if ordered else draw(st.integers(0, 2)), method=draw(st.sampled_from(["bilinear", "discrete"])),
+        layout=draw(st.sampled_from(["NSMD", "NMDS"])), starts=not ordered,
     )  # fmt: skip
 
 

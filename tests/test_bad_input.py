@@ -37,6 +37,7 @@ GOOD: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+V2 = {"sampling_locations": zeros(2, 5, 2, 6, 2), "attention_weights": zeros(2, 5, 2, 6)}
 CONVOLUTION = [
     ({"input": zeros(4, 7, 6)}, ValueError, r"input must be \(N, C, H, W\), got shape \(4, 7, 6\)"),
     ({"offset": zeros(18, 7, 6)}, ValueError, r"offset must be \(N, C, H, W\), got shape"),
@@ -45,7 +46,7 @@ CONVOLUTION = [
     ({"offset": zeros(2, 54, 7, 6)}, ValueError, r".*offset_groups divide input's 4 channels, got 54"),
     ({"offset": zeros(2, 18, 7, 5)}, ValueError, r"offset must be .* = \(2, 18, 7, 6\), got \(2, 18, 7, 5\)"),
     ({"offset": zeros(1, 18, 7, 6)}, ValueError, r"offset must be .* = \(2, 18, 7, 6\), got \(1, 18, 7, 6\)"),
-    ({"mask": zeros(2, 18, 7, 6)}, ValueError, r"mask must be .* = \(2, 9, 7, 6\), got \(2, 18, 7, 6\)"),
+    ({"mask": zeros(2, 18, 7, 6)}, ValueError, r"mask must have offset's 1 offset_groups, .* 9 channels, got 18"),
     ({"bias": zeros(5)}, ValueError, r"bias must be \(C_out,\) = \(4,\), got \(5,\)"),
     ({"weight": zeros(4, 3, 3, 3)}, ValueError, r"weight .* input's 4 channels into groups .* got \(4, 3, 3, 3\)"),
     ({"weight": zeros(5, 2, 3, 3)}, ValueError, r".*groups that divide C_out, got \(5, 2, 3, 3\)"),
@@ -172,6 +173,26 @@ BAD = [
         ({"attention_weights": zeros(2, 5, 2, 2, 4)}, ValueError, r"attention_weights must be .* = .* 2, 3\), got"),
         ({"attention_weights": zeros(2, 5, 2, 2, 3, dtype=np.float64)}, TypeError, r"attention_weights .* like value"),
         ({"softmax": "yes"}, TypeError, r"softmax must be True or False, got 'yes'"),
+        ({"points": (3, 3)}, ValueError, r"sampling_locations must be \(N, Q, M, sum\(points\), 2\), got shape"),
+        ({"points": (3, 4), **V2}, ValueError, r"sampling_locations must be .* = \(2, 5, 2, 7, 2\), got .* 6, 2\)"),
+        ({"points": (4, 2), "attention_weights": zeros(2, 5, 2, 2, 3), "sampling_locations": V2["sampling_locations"]},
+         ValueError, r"attention_weights must be \(N, Q, M, sum\(points\)\) = \(2, 5, 2, 6\), got"),
+        ({"points": (6,), **V2}, ValueError, r"points must have one number for each of 2 levels, got \(6,\)"),
+        ({"points": (6, 0), **V2}, ValueError, r"points\[1\] must be at least 1 .* got 0"),
+        ({"points": (4, 2.0), **V2}, TypeError, r"points\[1\] must be an int, got 2.0"),
+        ({"points": 3}, ValueError, r"points must be a sequence of ints, got 3"),
+        ({"points": ()}, ValueError, r"points must be a sequence of ints, got \(\)"),
+        ({"points": (1,) * 17}, ValueError, r"points must be of at most 16 levels, .* got 17 and 17"),
+        ({"points": (2**31 - 1, 1)}, ValueError, r"points must be of .* fewer than 2\*\*31 together, got 2 and 21"),
+        ({"method": "default"}, ValueError, r"method must be 'bilinear' or 'discrete', got 'default'"),
+        ({"method": "discrete", "spatial_shapes": zeros(17, 2, dtype=int), "level_start_index": None},
+         ValueError, r"method 'discrete' takes at most 16 levels, got 17"),
+        ({"layout": "NHWC"}, ValueError, r"layout must be 'NSMD' or 'NMDS', got 'NHWC'"),
+        ({"layout": "NMDS"}, ValueError, r"sampling_locations must be .* = \(2, 5, 26, 2, 3, 2\), got"),
+        ({"spatial_shapes": [5, 4]}, ValueError, r"spatial_shapes\[0\] must be a sequence of ints, got 5"),
+        ({"spatial_shapes": [(5, 4), (3, 2, 1)]}, ValueError, r"each of spatial_shapes must be \(H, W\), got \[\(5"),
+        ({"spatial_shapes": [(5, 4), (3, 0)]}, ValueError, r"spatial_shapes\[1\]\[1\] must be at least 1 .* 0"),
+        ({"spatial_shapes": []}, ValueError, r"level_start_index must be \(L,\) = \(0,\), got \(2,\)"),
     ]),
 ]  # fmt: skip
 

@@ -51,6 +51,11 @@ def test_a_struct_may_hold_another(folder: Path) -> None:
     assert outer(c=1, d=(2, 2**32 - 1), e=(4, 5)).tolist() == (1, (2, 2**32 - 1), (4, 5))
 
 
+def test_a_field_may_be_an_array(folder: Path) -> None:
+    (folder / "a.cu").write_text("constexpr int MOST = 3;\nstruct S {\n  int a[MOST];\n  float b;\n};\n")
+    assert sources.Struct("a", "S")(a=[4, 5, 6], b=0.5)["a"].tolist() == [4, 5, 6]
+
+
 def test_what_is_not_there_is_an_error(folder: Path) -> None:
     (folder / "a.cu").write_text("constexpr int THREADS = 128, HELD = 4;\nstruct S {\n  int a;\n  short b;\n};\n")
     assert sources.constant("a", "THREADS") == 128

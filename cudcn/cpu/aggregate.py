@@ -36,16 +36,15 @@ class Level(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A level and some of its points."""
+    """Some samples of a query and group, all of one level."""
 
     level: int
     begin: int
     end: int
 
     @property
-    def at(self) -> Any:
-        """In arrays (..., L, P)."""
-        return ..., self.level, slice(self.begin, self.end)
+    def samples(self) -> slice:
+        return slice(self.begin, self.end)
 
 
 @np.errstate(all="ignore")  # NaN and infinity pass through, as in the kernels
@@ -73,6 +72,9 @@ def backward(g: Aggregation, grads: Any, grad_output: Any, *tensors: Any) -> Non
     grad_image, grad_places, grad_weights = g.views(*grads)
     if (unused := g.unused(*grads)) is not None:
         unused[...] = 0
+    if g.discrete and grad_places is not None:
+        grad_places[...] = 0
+        grad_places = None
 
     def differentiate(block: Block) -> Iterable[Share]:
         """The block's shares of the image's gradient; those of places and weights are its own to write."""
@@ -102,12 +104,12 @@ def backward(g: Aggregation, grads: Any, grad_output: Any, *tensors: Any) -> Non
             values, *slopes = products(run)
             if grad_places is not None:
                 for axis in (0, 1):
-                    own = grad_places[..., 1 - axis][block][run.at]
+                    own = grad_places[..., 1 - axis][block][..., run.samples]
                     own[...] = (slopes[axis] * _scale(g, levels[run.level], axis, dtype)).reshape(own.shape)
             if grad_weights is not None:
                 if g.softmax:
                     values = np.where(counted, factors(run) * (values - mean), 0)
-                own = grad_weights[block][run.at]
+                own = grad_weights[block][..., run.samples]
                 own[...] = values.reshape(own.shape)
         if sums and len(runs) > _KEPT:
             return (share for run in runs for share in sampler(run).scattered(vectors))
@@ -140,20 +142,24 @@ def backward(g: Aggregation, grads: Any, grad_output: Any, *tensors: Any) -> Non
 
 def _team(g: Aggregation, dtype: type, shares: int) -> Any:
     """For blocks that leave so many shares."""
-    samples = g.batch * math.prod(g.queries) * g.groups * g.levels * g.points
+    samples = g.batch * math.prod(g.queries) * g.groups * g.samples
     scratch = _CHUNK // 2 + 32 * g.group_channels + shares * (2 << 20)
     return team(samples * g.group_channels * np.dtype(dtype).itemsize, scratch * np.dtype(dtype).itemsize // 4)
 
 
 def _runs(g: Aggregation) -> list[Run]:
     """All points of a level, unless they are very many."""
-    step = _points(g)
-    return [Run(i, p, min(p + step, g.points)) for i in range(g.levels) for p in range(0, g.points, step)]
+    step, ends = _points(g), itertools.accumulate(g.points)
+    return [
+        Run(level, first, min(first + step, end))
+        for level, (points, end) in enumerate(zip(g.points, ends, strict=True))
+        for first in range(end - points, end, step)
+    ]
 
 
 def _points(g: Aggregation) -> int:
     """As many as a run may have."""
-    return max(1, min(g.points, _RUN_BYTES // (16 * g.group_channels + 128)))
+    return max(1, min(max(g.points), _RUN_BYTES // (16 * g.group_channels + 128)))
 
 
 def _blocks(g: Aggregation, images: range) -> list[Block]:
@@ -181,7 +187,7 @@ def _factors(g: Aggregation, weights: np.ndarray, runs: list[Run], dtype: type) 
     """The weights of a run's samples, (queries * groups, P), in a block that has `weights`."""
 
     def given(run: Run) -> np.ndarray:
-        some = weights[run.at]
+        some = weights[..., run.samples]
         return some.astype(dtype, copy=False).reshape(-1, some.shape[-1])
 
     if not g.softmax:
@@ -197,21 +203,25 @@ def _sampler(
 ) -> Sampler:
     """The samples of one run in a block; each row sums those of a query and group."""
     (_, rows, columns, groups), level, dtype = block, levels[run.level], factors.dtype.type
-    y_x = [places[..., 1 - axis][block][run.at] for axis in (0, 1)]
+    y_x = [places[..., 1 - axis][block][..., run.samples] for axis in (0, 1)]
     positions = np.empty((2, *y_x[0].shape), dtype)
     for axis, queries in enumerate((rows, columns)):
         np.multiply(y_x[axis], _scale(g, level, axis, dtype), out=positions[axis])
-        positions[axis] += _origin(g, axis, queries, slice(run.begin, run.end), dtype)
+        positions[axis] += _origin(g, axis, queries, run.samples, dtype)
     first = level.first * g.groups + groups.start
     return Sampler(
-        positions, level.height, level.width, factors, positions.shape[-1], groups.stop - groups.start, g.groups, first
-    )
+        positions, level.height, level.width, factors, positions.shape[-1], groups.stop - groups.start, g.groups, first,
+        discrete=g.discrete,
+    )  # fmt: skip
 
 
 def _levels(g: Aggregation, image: np.ndarray, *others: np.ndarray) -> list[Level]:
     if not isinstance(g, Attention):
         return [Level(0, g.height, g.width)]
     shapes, starts, *_ = others
+    if starts is None:
+        starts = np.empty(g.levels, np.int64)
+        g.fill_starts(starts, shapes)
     levels = [Level(int(first), int(h), int(w)) for first, (h, w) in zip(starts, shapes, strict=True)]
     for first, height, width in levels:
         if min(height, width) < 1 or first < 0 or first + height * width > g.pixels:
@@ -227,15 +237,17 @@ def _scale(g: Aggregation, level: Level, axis: int, dtype: type) -> Any:
     return dtype((level.height, level.width)[axis] if isinstance(g, Attention) else g.offset_scale)
 
 
-def _origin(g: Aggregation, axis: int, queries: slice, points: slice, dtype: type) -> Any:
+def _origin(g: Aggregation, axis: int, queries: slice, samples: slice, dtype: type) -> Any:
     """Where samples lie whose place is 0, y (axis 0) or x of them, broadcasting to (*queries, G, P)."""
     if isinstance(g, Attention):
-        return dtype(-0.5)  # locations begin at the upper left edge of the first pixel, half a pixel before its centre
+        # locations begin at the upper left edge of the first pixel, half a pixel before its centre; as published, the
+        # discrete ones of pixel 0 end at 0.5, and what is below belongs to it as well
+        return dtype(0.5 if g.discrete else -0.5)
     # q * stride - padding + center + (tap * dilation - center) * offset_scale
-    tap = np.arange(g.points + g.remove_center)
+    tap = np.arange(g.samples + g.remove_center)
     if g.remove_center:
-        tap = np.delete(tap, g.points // 2)
-    tap = np.divmod(tap[points], g.kernel[0])[1 - axis] * g.dilation[axis] - g.center[axis]
+        tap = np.delete(tap, g.samples // 2)
+    tap = np.divmod(tap[samples], g.kernel[0])[1 - axis] * g.dilation[axis] - g.center[axis]
     query = np.arange(queries.start, queries.stop)
     middle: np.ndarray = (query * g.stride[axis] - g.padding[axis] + g.center[axis]).astype(dtype)
     around = tap.astype(dtype) * dtype(g.offset_scale)

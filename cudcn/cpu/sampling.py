@@ -50,6 +50,9 @@ class Sampler:
 
     A place is outside where it is <= -1 or >= the size along either axis, NaN or infinite. Its sample is left out
     whatever its modulation is. One at exactly -1 has slopes all the same, those of the cell [-1, 0].
+
+    `discrete`: a place's sample is the pixel (floor(y), floor(x)), clamped into the image. Only NaN and infinity are
+    outside.
     """
 
     def __init__(
@@ -62,8 +65,12 @@ class Sampler:
         planes: int = 1,
         stride: int = 1,
         first: int = 0,
+        discrete: bool = False,
     ) -> None:
         flat, dtype = places.reshape(2, -1), places.dtype
+        if discrete:
+            flat[np.isinf(flat)] = np.nan
+            np.floor(np.clip(flat, 0, np.nextafter(_ends(height, width, dtype), 0, dtype=dtype)), out=flat)
         inner: np.ndarray = np.logical_and(*((flat >= 0) & (flat < _ends(height - 1, width - 1, dtype))))  # NaN is not
         rim = np.flatnonzero(~inner)  # places with corners outside
         before_end = flat[:, rim] < _ends(height, width, dtype)
@@ -92,7 +99,10 @@ class Sampler:
         for corner, step in enumerate((0, stride, row, row + stride)):
             np.add(top_left, index(step), out=self._corners[:, corner])
         self._corners[rim] = np.where(outside, 0, self._corners[rim])
-        self._rim = rim
+        if discrete:
+            self._corners[:, 1:] = 0
+        # samples that may lack a corner
+        self._rim = slice(None) if discrete else rim
         self._rows = 4 * points * np.arange(top_left.size // points + 1, dtype=index)
         self._points = points
         self._modulation = None if modulation is None else modulation.ravel()

@@ -17,7 +17,7 @@ import numpy as np
 from .. import dtypes, launch, sources
 from ..check import LARGEST
 from ..dtypes import arithmetic
-from ..geometry import Aggregation, Attention, ceil_div
+from ..geometry import MOST_LEVELS, Aggregation, Attention, ceil_div
 from ..launch import ctype
 from ..plan import Kernel, Plan, View
 from . import sort
@@ -33,8 +33,9 @@ _WINDOWS: dict[type, sources.Struct] = {
     dtype: sources.Struct("aggregate.cuh", "Windows", A=dtype, Divisor=DIVISOR) for dtype in (np.float32, np.float64)
 }
 _ATTENTION = sources.Struct("aggregate.cuh", "Attention")
+_ATTENTION_V2 = sources.Struct("aggregate.cuh", "AttentionV2")
 _PAIRS = sources.Struct("aggregate_backward_input", "Pairs")
-_SOURCES = ("Windows", "Attention")
+_SOURCES = ("Windows", "Attention", "AttentionV2")
 _CHUNK = 32  # samples of a row that come at a time, at most, where not all are held; their sums are one run
 _PIXEL_BYTES = 2**32 - 1  # at most
 
@@ -80,13 +81,18 @@ def backward(plan: Plan, g: Aggregation, grads: Sequence[Any], grad_output: View
     gradient = plan.contiguous(grad_output)
     if grads[0] is not None:
         _backward_input(call, grads[0], gradient)
-    if any(grad is not None for grad in grads[1:]):
-        _backward_places(call, grads[-1 if g.packed else -2 :], gradient)
+    grad_places = list(grads[-1 if g.packed else -2 :])
+    if g.discrete and grad_places[0] is not None:
+        plan.clear(grad_places[0])
+        grad_places[0] = None
+    if any(grad is not None for grad in grad_places):
+        _backward_places(call, grad_places, gradient)
 
 
 def _backward_input(call: _Call, grad: View, grad_output: View) -> None:
     if not grad.size:
         return
+    grad = call.image_of(grad)
     target = call.target(grad, grad.dtype)
     call.launch_backward_input(grad_output, target)
     if target is not grad:
@@ -118,14 +124,21 @@ class _Call:
 
     def __init__(self, plan: Plan, g: Aggregation, tensors: Any) -> None:
         self.plan, self.g = plan, g
-        self.samples = g.levels * g.points  # of a row
         image, *levels, places, weights = (*tensors, tensors[-1]) if g.packed else tensors
+        if isinstance(g, Attention) and levels[1] is None:
+            starts = plan.empty((g.levels,), np.int64)
+            plan.run(g.fill_starts, starts, levels[0])
+            levels[1] = starts
         # the kernels have one type for both, so that where one of two is half, it becomes float32
         fine = np.float32 if places.dtype != weights.dtype else places.dtype
-        self.image = plan.contiguous(image)
+        self.image = plan.contiguous(self.image_of(image))
         self.places = plan.contiguous(places, fine)
         self.weights = self.places if g.packed else plan.contiguous(weights, fine)
         self.levels: list[View | None] = [*(plan.contiguous(t, np.int64) for t in levels)] or [None, None]
+
+    def image_of(self, image: View) -> View:
+        """The image, or its gradient, with a group's channels last."""
+        return self.g.image(image) if isinstance(self.g, Attention) else image
 
     def target(self, array: View | None, dtype: Any) -> Any:
         """Where a kernel writes `array`'s elements: there, if they are contiguous, aligned and of `dtype`."""
@@ -135,7 +148,7 @@ class _Call:
 
     def launch_forward(self, target: Any) -> None:
         split = self._split(_vectors, [self.image, target])
-        simple = split.held == self.samples and not self.g.softmax
+        simple = split.held == self.g.samples and not self.g.softmax
         self._launch("forward", split, [], [target], int(simple))
 
     def launch_backward_places(self, grad_output: Any, targets: list[Any]) -> None:
@@ -144,7 +157,7 @@ class _Call:
 
     def clear_unused(self, packed: View) -> None:
         """What dcnv4's tensor has behind the last group gets gradients of 0."""
-        row, used = packed.shape[-1], 3 * self.samples * self.g.groups
+        row, used = packed.shape[-1], 3 * self.g.samples * self.g.groups
         count = packed.size // row * (row - used)
         if count:
             kernel = _kernel("clear_unused", ctype(packed))
@@ -156,18 +169,21 @@ class _Call:
         g, plan, queries, dtype = self.g, self.plan, math.prod(self.g.queries), arithmetic(self.image)
         # ms_deform_attn's level of h x w pixels has (h + 1) * (w + 1) <= 2 * (h * w + 1) cells
         cells = 2 * (g.pixels + 1) if isinstance(g, Attention) else (g.height + 1) * (g.width + 1)
-        pair, record = Segments(g.levels, cells, queries * g.points), sort.record_bytes(dtype)
+        pair, record = Segments(g.levels, cells, queries * max(g.points)), sort.record_bytes(dtype)
         split = self._split(_vectors, [grad_output, grad_image])
         self._grid(split.rows * _WARPS, split.vector)  # raises
         rows = _THREADS // split.lanes
         source, aggregate = _source(g, dtype), self._aggregate(split)
         kernels = [_kernel(name, *self._types()) for name in ("count", "records")]
-        gather = _kernel("backward_input", ctype(self.image), type(g).__name__, split.vector)
+        gather = _kernel("backward_input", ctype(self.image), _source_name(g), split.vector)
         softmax_bytes = 2 * np.dtype(dtype).itemsize * queries if g.softmax else 0
         step = pair.at_a_time(g.name, record, softmax_bytes)
         for first in range(0, g.batch * g.groups, step):
             count = min(step, g.batch * g.groups - first)
-            pairs = _PAIRS(first=first, count=count, levels=g.levels, cells=cells, samples=pair.segment_samples)
+            pairs = _PAIRS(
+                first=first, count=count, levels=g.levels, points=max(g.points), cells=cells,
+                samples=pair.segment_samples,
+            )  # fmt: skip
             with plan.reused():
                 softmax = None
                 if g.softmax:
@@ -182,7 +198,7 @@ class _Call:
 
     def _launch_softmax(self, softmax: Any, aggregate: Any, pairs: Any) -> None:
         """Of each query: lanes that take up to four samples each."""
-        lanes = min(32, 1 << (ceil_div(self.samples, 4) - 1).bit_length())
+        lanes = min(32, 1 << (ceil_div(self.g.samples, 4) - 1).bit_length())
         rows = _THREADS // lanes
         self.plan.launch(
             _kernel("softmax", ctype(self.image), ctype(self.places)), ceil_div(softmax.shape[0], rows), (lanes, rows),
@@ -197,7 +213,7 @@ class _Call:
         )  # fmt: skip
 
     def _types(self) -> tuple[str, str, str]:
-        return ctype(self.image), ctype(self.places), type(self.g).__name__
+        return ctype(self.image), ctype(self.places), _source_name(self.g)
 
     def _split(self, vectors: Callable[[int], dict[int, int]], arrays: list[Any]) -> _Split:
         return _split(self.g, vectors, self.image.itemsize, math.gcd(*(array.alignment for array in arrays)))
@@ -228,7 +244,7 @@ class _Call:
 
 def _split(g: Aggregation, vectors: Callable[[int], dict[int, int]], size: int, alignment: int) -> _Split:
     """`size`: of an element; `alignment`: of all that is read or written by vectors; bytes."""
-    channels, samples = g.group_channels, g.levels * g.points
+    channels, samples = g.group_channels, g.samples
     vector, least = next(
         (vector, lanes)
         for vector, lanes in vectors(size).items()
@@ -249,7 +265,7 @@ def _split(g: Aggregation, vectors: Callable[[int], dict[int, int]], size: int, 
 def _aggregate(g: Aggregation, split: _Split, per_query: int, pixel_bytes: int) -> np.ndarray:
     """`per_query`: numbers of the tensor that has places and weights, where both are in one."""
     (_, lanes, rows, held), (height, width) = split, g.queries
-    samples, groups = g.levels * g.points, g.groups
+    samples, groups = g.samples, g.groups
     steps = (  # where the places and weights of a row are, in elements
         {
             "places_query": per_query, "places_group": 3 * samples,
@@ -280,14 +296,22 @@ def _places_vectors(itemsize: int) -> dict[int, int]:
     return {8: 4, 4: 4, 2: 1, 1: 1} if itemsize == 2 else _vectors(itemsize)
 
 
+def _source_name(g: Aggregation) -> str:
+    """A struct of aggregate.cuh."""
+    return "AttentionV2" if g.discrete or len(set(g.points)) > 1 else type(g).__name__
+
+
 def _source(g: Aggregation, dtype: type) -> np.ndarray:
     """What turns places into positions."""
     if isinstance(g, Attention):
-        return _ATTENTION(points=g.points, pixels=g.pixels)
+        if _source_name(g) == "Attention":
+            return _ATTENTION(points=g.points[0], pixels=g.pixels)
+        bounds = [sum(g.points[:level]) for level in range(MOST_LEVELS + 1)]
+        return _ATTENTION_V2(bounds=bounds, pixels=g.pixels, discrete=g.discrete)
     return _WINDOWS[dtype](
         scale=g.offset_scale, end_y=_not_below(g.height, dtype), end_x=_not_below(g.width, dtype),
         kernel_h_of=divisor(g.kernel[0]), columns=g.width, last_row=g.height - 1, last_column=g.width - 1,
-        kernel_h=g.kernel[0], left_out=g.points // 2 if g.remove_center else g.points,
+        kernel_h=g.kernel[0], left_out=g.samples // 2 if g.remove_center else g.samples,
         stride_h=g.stride[0], stride_w=g.stride[1], top=g.padding[0], left=g.padding[1],
         dilation_h=g.dilation[0], dilation_w=g.dilation[1], center_h=g.center[0], center_w=g.center[1],
     )  # fmt: skip

@@ -133,7 +133,7 @@ def _geometry(specs: tuple[Any, ...], **attributes: Any) -> Windows:
     geometry = windows(name, input, **attributes, packed=False)
     for tensor, spec, per_sample in (("offset", offset, 2), ("mask", mask, 1)):
         check.same_dtype(name, tensor, spec, input.dtype, or_float32=True)
-        channels = geometry.groups * geometry.points * per_sample
+        channels = geometry.groups * geometry.samples * per_sample
         axes = "(N, H_out, W_out, group * P" + (" * 2)" if per_sample == 2 else ")")
         check.shape(name, tensor, spec, axes, (geometry.batch, *geometry.queries, channels))
     return geometry

@@ -114,7 +114,7 @@ def _geometry(specs: tuple[Any, ...], **attributes: Any) -> Windows:
     input, offset_mask = specs
     geometry = windows(name, input, **attributes, packed=True)
     check.same_dtype(name, "offset_mask", offset_mask, input.dtype, or_float32=True)
-    channels = ceil_div(geometry.groups * geometry.points * 3, _MULTIPLE) * _MULTIPLE
+    channels = ceil_div(geometry.groups * geometry.samples * 3, _MULTIPLE) * _MULTIPLE
     axes = "(N, H_out, W_out, group * P * 3 rounded up to a multiple of 8)"
     check.shape(name, "offset_mask", offset_mask, axes, (geometry.batch, *geometry.queries, channels))
     return geometry

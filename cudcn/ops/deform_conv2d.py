@@ -181,6 +181,11 @@ def _geometry(
     if mask is not None:
         mask_channels = offset_channels // 2
         check.same_dtype(name, "mask", mask, input.dtype, or_float32=True)
+        if len(mask.shape) == 4 and _nchw(mask.shape, layout)[1] != mask_channels:
+            raise ValueError(
+                f"{name}: mask must have offset's {offset_groups} offset_groups, and so {mask_channels} channels, "
+                f"got {_nchw(mask.shape, layout)[1]} in {mask.shape}"
+            )
         check.shape(name, "mask", mask, places.replace("C", str(mask_channels)), image(mask_channels))
     return Convolution(
         batch=batch, channels=channels, height=height, width=width, out_channels=out_channels, out_height=out_height,

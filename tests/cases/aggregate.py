@@ -125,10 +125,13 @@ class Attention(Case):
     heads: int = 2
     channels: int = 3
     sizes: tuple[tuple[int, int], ...] = ((5, 4), (3, 2))
-    points: int = 2
+    points: int | tuple[int, ...] = 2  # of every level, or of each
     softmax: bool = False
     gap: int = 0  # pixels of no level, before each
     index: str = "int64"
+    method: str = "bilinear"
+    layout: str = "NSMD"
+    starts: bool = True  # whether level_start_index is given
 
     op = ms_deform_attn.OP
 
@@ -137,29 +140,37 @@ class Attention(Case):
 
     @property
     def attributes(self) -> dict[str, Any]:
-        return {"softmax": self.softmax}
+        return {
+            "softmax": self.softmax, "points": None if isinstance(self.points, int) else self.points,
+            "method": self.method, "layout": self.layout,
+        }  # fmt: skip
 
     def values(self, random: np.random.Generator) -> Tensors:
         shapes = np.array(self.sizes, self.index)
         ends = np.cumsum(shapes.prod(1) + self.gap)
-        weights_shape = (self.batch, self.queries, self.heads, len(shapes), self.points)
+        samples = (len(shapes), self.points) if isinstance(self.points, int) else (sum(self.points),)
+        weights_shape = (self.batch, self.queries, self.heads, *samples)
         weights = random.standard_normal(weights_shape) if self.softmax else random.random(weights_shape)
+        value = random.standard_normal((self.batch, ends[-1], self.heads, self.channels))
         return {
-            "value": random.standard_normal((self.batch, ends[-1], self.heads, self.channels)),
+            "value": value if self.layout == "NSMD" else np.moveaxis(value, 1, -1),
             "spatial_shapes": shapes,
-            "level_start_index": (ends - shapes.prod(1)).astype(self.index),
+            "level_start_index": (ends - shapes.prod(1)).astype(self.index) if self.starts else None,
             "sampling_locations": 1.6 * random.random((*weights_shape, 2)) - 0.3,
             "attention_weights": weights,
         }
 
     def slow(self, **tensors: Any) -> np.ndarray:
-        return oracle.ms_deform_attn(**tensors, softmax=self.softmax)
+        return oracle.ms_deform_attn(**tensors, **self.attributes)
 
     def smooth(self, tensors: Tensors) -> Tensors:
-        size = tensors["spatial_shapes"][:, None, ::-1]
-        position = tensors["sampling_locations"] * size - 0.5
+        size = np.repeat(tensors["spatial_shapes"], oracle.counts(self.points, len(self.sizes)), 0)[:, ::-1]
+        locations = tensors["sampling_locations"]
+        middle = 0.5 if self.method == "discrete" else -0.5
+        position = locations.reshape(*locations.shape[:3], -1, 2) * size + middle
         cell = np.floor(position)
-        return {**tensors, "sampling_locations": (cell + 0.1 + 0.8 * (position - cell) + 0.5) / size}
+        moved = (cell + 0.1 + 0.8 * (position - cell) - middle) / size
+        return {**tensors, "sampling_locations": moved.reshape(locations.shape)}
 
 
 _UNEVEN = {"kernel": (2, 3), "stride": (2, 1), "dilation": (1, 2), "padding": ((1, 0), (2, 3)), "size": (6, 5)}
@@ -189,6 +200,13 @@ ATTENTION = [
     Attention("softmax", softmax=True, index="int32", channels=8),
     Attention("levels apart", batch=1, gap=3, sizes=((2, 5), (4, 3), (1, 1)), points=3, softmax=True),
     Attention("many queries", batch=3, queries=70, heads=1, channels=2, sizes=((3, 3),), points=1),
+    Attention("uneven points", channels=8, sizes=((5, 4), (3, 2), (2, 2)), points=(3, 1, 4), softmax=True),
+    Attention("even points", points=(3, 3), starts=False),
+    Attention("discrete", channels=8, softmax=True, method="discrete"),
+    Attention("discrete, uneven points", batch=3, gap=2, points=(1, 4), method="discrete", index="int32"),
+    Attention("pixels last", channels=4, layout="NMDS", starts=False),
+    Attention("discrete, pixels last", layout="NMDS", method="discrete", sizes=((1, 1), (2, 3), (4, 4))),
+    Attention("more samples than are held", queries=2, points=(150, 3), softmax=True),
 ]
 CASES = [*DCNV3, *DCNV4, *ATTENTION]
 BY_NAME = {str(case): case for case in CASES}
@@ -196,5 +214,6 @@ SMALL = [replace(case, batch=min(case.batch, 2)) for case in CASES if "far" not 
 ADAPTED = [
     replace(BY_NAME["dcnv3 uneven"], softmax=True),
     replace(BY_NAME["dcnv4 uneven"]),
+    replace(BY_NAME["ms_deform_attn discrete, uneven points"], index="int64", starts=False, gap=0, softmax=True),
     replace(BY_NAME["ms_deform_attn softmax"], index="int64"),
 ]

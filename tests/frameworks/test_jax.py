@@ -30,6 +30,7 @@ from frameworks.comparing import (
 
 import cudcn
 from cudcn import check
+from cudcn.geometry import MOST_LEVELS
 from cudcn.op import Op
 
 jax = pytest.importorskip("jax")
@@ -296,7 +297,8 @@ def test_the_longest_attributes_fit(case: Case) -> None:
     largest, float64 = 2**31 - 1, -1.2345678901234567e-300
     longest = {
         "Pair": (largest,) * 2, "Pair | None": (largest,) * 2, "Padding": (largest,) * 4,
-        "int": largest, "float": float64, "bool": False, "str": "NHWC",
+        "int": largest, "float": float64, "bool": False, "str": "discrete",
+        "Sequence[int] | None": (largest // MOST_LEVELS,) * MOST_LEVELS,
     }  # fmt: skip
     values = tuple(longest[kind] for kind in case.op.attributes.values())
     given = (1,) * len(case.op.backward_tensors)

@@ -475,7 +475,7 @@ def test_discrete_attention_reads_one_pixel(dtype: Any) -> None:
     out = compat.transformers.multi_scale_deformable_attention_v2(
         value, [(1, width)], locations, weights, [1], "discrete"
     )
-    read = (places * width + 0.5).long().clamp(max=width - 1)
+    read = (places.to(torch.promote_types(dtype, torch.float32)) * width + 0.5).long().clamp(max=width - 1)
     torch.testing.assert_close(out[0], torch.eye(width, dtype=dtype)[read])
     (grad,) = torch.autograd.grad(out.sum(), locations, allow_unused=True)
     assert grad is None

@@ -55,21 +55,34 @@ def unpacked(offset_mask: Any, group: int, points: int) -> tuple[np.ndarray, np.
 
 def ms_deform_attn(
     value: Any, spatial_shapes: Any, level_start_index: Any, sampling_locations: Any, attention_weights: Any,
-    softmax: bool,
+    softmax: bool, points: Any, method: str, layout: str,
 ) -> np.ndarray:  # fmt: skip
-    """Deformable DETR's equation 3."""
+    """Deformable DETR's equation 3, and what RT-DETRv2 adds."""
+    value = value if layout == "NSMD" else np.moveaxis(value, -1, 1)
     batch, _, heads, channels = value.shape
     queries = sampling_locations.shape[1]
     per_head = attention_weights.reshape(batch, queries, heads, -1)
-    weights = _weights(per_head, softmax).reshape(attention_weights.shape)
+    weights = _weights(per_head, softmax)
+    locations = sampling_locations.reshape(*weights.shape, 2)
+    levels = np.repeat(range(len(spatial_shapes)), counts(points or attention_weights.shape[-1], len(spatial_shapes)))
     out = np.zeros((batch, queries, heads, channels))
     for n, q, m, c in np.ndindex(out.shape):
-        for level, (height, width) in enumerate(spatial_shapes):
-            start = level_start_index[level]
+        for level, (x, y), weight in zip(levels, locations[n, q, m], weights[n, q, m], strict=True):
+            height, width = spatial_shapes[level]
+            before = spatial_shapes[:level].prod(1).sum()
+            start = before if level_start_index is None else level_start_index[level]
             image = value[n, start : start + height * width, m, c].reshape(height, width)
-            for (x, y), weight in zip(sampling_locations[n, q, m, level], weights[n, q, m, level], strict=True):
+            if method == "bilinear":
                 out[n, q, m, c] += weight * bilinear(image, y * height - 0.5, x * width - 0.5)
+            else:
+                row, column = (min(max(int(s * size + 0.5), 0), size - 1) for s, size in ((y, height), (x, width)))
+                out[n, q, m, c] += weight * image[row, column]
     return out.reshape(batch, queries, heads * channels)
+
+
+def counts(points: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
+    """How many points each level has, if `points` are of every level or of each."""
+    return (points,) * levels if isinstance(points, int) else points
 
 
 def _weights(raw: np.ndarray, normalise: bool) -> np.ndarray:

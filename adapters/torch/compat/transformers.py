@@ -7,7 +7,6 @@ OneFormer) or `multi_scale_deformable_attention_v2` (RT-DETRv2, D-FINE, DEIMv2).
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -29,8 +28,7 @@ def multi_scale_deformable_attention(
 
     On CUDA a list of shapes costs a copy to the device in each call; a tensor that is there costs none.
     """
-    shapes, starts = _levels(value_spatial_shapes, value)
-    return ms_deform_attn(value, shapes, starts, sampling_locations, attention_weights)
+    return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
 
 
 def multi_scale_deformable_attention_v2(
@@ -44,44 +42,16 @@ def multi_scale_deformable_attention_v2(
     """RT-DETRv2's attention: `num_points_list` says how many of a query's points lie in each level.
 
     sampling_locations are (N, Q, M, P, 2) and attention_weights (N, Q, M, P), for all P points of all levels in turn.
-    It costs one call of `cudcn.ms_deform_attn`, and one pass over the value's gradient, for each number of points
-    that occurs, and a copy of the locations and weights.
-
-    With `method="discrete"` a point (x, y) reads pixel floor(x * W + 0.5), floor(y * H + 0.5), clamped into the
-    level, and has no gradient; here this is a bilinear sample at the pixel's centre, so exact but for its rounding.
+    With `method="discrete"` a point reads one pixel, and has no gradient: see `cudcn.ms_deform_attn`.
     """
-    shapes, starts = _levels(value_spatial_shapes, value)
-    if method == "discrete":
-        sampling_locations = _pixel_centres(sampling_locations, shapes, num_points_list)
-    elif method != "default":
+    if method not in ("default", "discrete"):
         raise ValueError(f'multi_scale_deformable_attention_v2: method must be "default" or "discrete", got {method!r}')
-    locations = sampling_locations.split(list(num_points_list), -2)
-    weights = attention_weights.split(list(num_points_list), -1)
-    parts = []
-    for count in sorted(set(num_points_list)):
-        levels = [level for level, points in enumerate(num_points_list) if points == count]
-        parts.append(
-            ms_deform_attn(
-                value, shapes[levels], starts[levels],
-                torch.stack([locations[level] for level in levels], -3),
-                torch.stack([weights[level] for level in levels], -2),
-            )
-        )  # fmt: skip
-    return functools.reduce(torch.add, parts)
-
-
-def _levels(spatial_shapes: Any, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    shapes = torch.as_tensor(spatial_shapes, device=value.device)
-    areas = shapes.prod(1)
-    return shapes, areas.cumsum(0) - areas
-
-
-def _pixel_centres(locations: torch.Tensor, shapes: torch.Tensor, num_points_list: Sequence[int]) -> torch.Tensor:
-    repeats = torch.as_tensor(num_points_list, device=shapes.device)
-    sizes = shapes.flip(-1).repeat_interleave(repeats, 0, output_size=sum(num_points_list))  # (W, H) of each point
-    pixels = (locations * sizes + 0.5).long().clamp(min=0).minimum(sizes - 1)
-    # half types would miss the centre
-    return (pixels.to(torch.promote_types(locations.dtype, torch.float32)) + 0.5) / sizes
+    if method == "discrete":
+        sampling_locations = sampling_locations.detach()  # whose gradient is None there, where ours would be 0
+    return ms_deform_attn(
+        value, value_spatial_shapes, None, sampling_locations, attention_weights,
+        points=tuple(num_points_list), method="bilinear" if method == "default" else method,
+    )  # fmt: skip
 
 
 class MultiScaleDeformableAttentionForward(Replacement):
