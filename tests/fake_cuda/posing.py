@@ -41,11 +41,11 @@ class Torch:
     def current_stream(self, device: torch.device) -> Any:
         return SimpleNamespace(cuda_stream=self.streams[device.index].ptr)
 
-    def empty(self, *shape: Any, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
+    def empty(self, *shape: Any, device: Any = None, **others: Any) -> torch.Tensor:
         if device is None or torch.device(device).type != "cuda":
-            return _torch_empty(*shape, dtype=dtype, device=device)
+            return _torch_empty(*shape, device=device, **others)
         device = torch.device("cuda", torch.device(device).index or 0)
-        plain = _torch_empty(*shape, dtype=dtype, device="meta")
+        plain = _torch_empty(*shape, device="meta", **others)
         size = max(1, plain.numel() * plain.element_size())  # an empty tensor has a device, too
         stream = self.streams[device.index]
         with _current(device.index):
@@ -56,7 +56,8 @@ class Torch:
         self.allocations += 1
         weakref.finalize(memory, self._free, address, stream).atexit = False
         whole = torch.from_numpy(np.frombuffer(memory, np.uint8))
-        return whole[: plain.numel() * plain.element_size()].view(plain.dtype).view(plain.shape).as_subclass(CudaTensor)
+        elements = whole[: plain.numel() * plain.element_size()].view(plain.dtype)
+        return elements.as_strided(plain.shape, plain.stride()).as_subclass(CudaTensor)
 
     def _free(self, address: int, stream: Stream) -> None:
         with _current(_devices.pop(address).index):
