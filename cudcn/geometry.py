@@ -197,13 +197,7 @@ class Attention:
 
     def image(self, value: Any) -> Any:
         """An (N, pixels, G, D) view of a value, or of its gradient, in the call's layout."""
-        return None if value is None else value.transpose(tuple(self.layout.index(axis) for axis in "NSMD"))
-
-    @staticmethod
-    def fill_starts(starts: Any, shapes: Any) -> None:
-        """Where levels of these shapes begin in the pixels, one after the other."""
-        areas = shapes.prod(axis=1, dtype="int64")
-        starts[...] = areas.cumsum() - areas
+        return value if value is None or self.layout == "NSMD" else value.swapaxes(1, 3).swapaxes(2, 3)
 
     def views(self, value: Any, shapes: Any, starts: Any, locations: Any, weights: Any) -> tuple[Any, Any, Any]:
         """The images (N, pixels, G, D), the places (N, *queries, G, samples, 2) and their weights (..., samples)."""

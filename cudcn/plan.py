@@ -84,6 +84,10 @@ class View:
         model = self._model()
         return self._like(model, model.transpose(order))
 
+    def swapaxes(self, axis: int, other: int) -> View:
+        model = self._model()
+        return self._like(model, model.swapaxes(axis, other))
+
     def __getitem__(self, key: Any) -> View:
         """By integers, slices, None and Ellipsis."""
         model = self._model()

@@ -141,3 +141,12 @@ aggregate_forward(const T *__restrict__ value, const O *__restrict__ places, con
     }
   }
 }
+
+// Where levels of these shapes begin, one after the other. One thread: they are few.
+__global__ void aggregate_starts(const long long *__restrict__ shapes, long long *__restrict__ starts, int levels) {
+  long long first = 0;
+  for (int level = 0; level < levels; ++level) {
+    starts[level] = first;
+    first += shapes[2 * level] * shapes[2 * level + 1];
+  }
+}

@@ -25,7 +25,7 @@ from .transforms import call, call_backward, derive
 
 _LIBRARY = torch.library.Library("cudcn", "FRAGMENT")  # what it defines lives as long as this object
 _SCHEMA_TYPES = {
-    "Pair": "int[]", "Pair | None": "int[]", "Padding": "int[]", "Sequence[int] | None": "int[]",
+    "Pair": "int[]", "Pair | None": "int[]", "Padding": "int[]", "Sequence[int] | None": "int[]?",
     "int": "int", "float": "float", "bool": "bool", "str": "str",
 }  # fmt: skip
 

@@ -61,37 +61,56 @@ def _convolve(
 def _aggregate(g: Aggregation, *tensors: Tensor) -> Tensor:
     image, places, weights = g.views(*tensors)
     if g.softmax:
-        weights = weights.flatten(-2).softmax(-1).reshape(weights.shape)
+        weights = weights.softmax(-1)
     height: Any
     width: Any
     first: Any
     if isinstance(g, Attention):
-        height, width, first = (t.reshape(-1, 1) for t in (*tensors[1].unbind(1), tensors[2]))
-        x, y = places[..., 0] * width - 0.5, places[..., 1] * height - 0.5
+        height, width, first = _levels(g, *tensors[1:3])
+        half = -0.5 if g.discrete else 0.5
+        x, y = places[..., 0] * width - half, places[..., 1] * height - half
     else:
         height, width, first = g.height, g.width, 0
         y, x = _in_windows(g, places)
-    inside = _inside(y, height) & _inside(x, width)
+    if isinstance(g, Attention) and g.discrete:
+        inside = y.isfinite() & x.isfinite()
+        weights = weights + torch.where(inside, 0 * y + 0 * x, 0)  # a gradient of 0 for the places, not none
+        y, x = (torch.minimum(t.detach().floor().clamp(min=0), size - 1) for t, size in ((y, height), (x, width)))
+    else:
+        inside = _inside(y, height) & _inside(x, width)
     if isinstance(g, Attention):  # a level that does not lie inside value adds nothing
         inside = inside & (first >= 0) & (first + height * width <= g.pixels)
-    # places are (N, *queries, G, L, P): the group comes before the queries where pixels are taken
+    # places are (N, *queries, G, samples): the group comes before the queries where pixels are taken
     y, x, kept, factor = (t.movedim(3, 1) for t in (y, x, inside, torch.where(inside, weights, 0)))
     pixels = image.reshape(g.batch, g.pixels, g.groups, g.group_channels).transpose(1, 2)
-    samples = _samples(pixels, y, x, height, width, kept, first)
-    sums = (samples * factor[..., None]).sum((-3, -2))
+    if isinstance(g, Attention) and g.discrete:
+        y, x = (torch.where(kept, t, 0).long() for t in (y, x))
+        samples = _gathered(pixels, first + y * width + x, kept)
+    else:
+        samples = _samples(pixels, y, x, height, width, kept, first)
+    sums = (samples * factor[..., None]).sum(-2)
     return sums.movedim(1, 3).reshape(g.output.shape)
+
+
+def _levels(g: Attention, shapes: Tensor, starts: Tensor | None) -> list[Tensor]:
+    """The height, width and first pixel of each sample's level."""
+    height, width = shapes.unbind(1)
+    if starts is None:
+        starts = (height * width).cumsum(0) - height * width
+    level = torch.tensor([level for level, points in enumerate(g.points) for _ in range(points)], device=shapes.device)
+    return [t[level] for t in (height, width, starts)]
 
 
 def _in_windows(g: Any, places: Tensor) -> list[Tensor]:
     """Where the taps of dcnv3 and dcnv4 lie, y and x; they are numbered along the height first."""
-    taps = torch.arange(g.points + g.remove_center, device=places.device)
+    taps = torch.arange(g.samples + g.remove_center, device=places.device)
     if g.remove_center:
-        taps = torch.cat([taps[: g.points // 2], taps[g.points // 2 + 1 :]])
+        taps = torch.cat([taps[: g.samples // 2], taps[g.samples // 2 + 1 :]])
     found = []
     for axis, (tap, offset) in enumerate(((taps % g.kernel[0], places[..., 1]), (taps // g.kernel[0], places[..., 0]))):
         query = _steps(g.queries[axis], places) * g.stride[axis] - g.padding[axis] + g.center[axis]
         around = (tap * g.dilation[axis] - g.center[axis]).to(places.dtype)
-        query = query.reshape((-1, 1, 1, 1, 1) if axis == 0 else (-1, 1, 1, 1))
+        query = query.reshape((-1, 1, 1, 1) if axis == 0 else (-1, 1, 1))
         found.append(query + (around + offset) * g.offset_scale)
     return found
 
@@ -197,11 +216,15 @@ def _samples(
             there = kept
             if beyond == "zeros":
                 there = kept & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            place = first + _clamped(row, height) * width + _clamped(column, width)
-            index = torch.where(kept, place, 0).flatten(2)[..., None].expand(-1, -1, -1, pixels.shape[-1])
-            values = pixels.gather(2, index).unflatten(2, y.shape[2:])
+            values = _gathered(pixels, first + _clamped(row, height) * width + _clamped(column, width), kept)
             total = total + torch.where(there, along_y * along_x, 0)[..., None] * values
     return total
+
+
+def _gathered(pixels: Tensor, place: Tensor, kept: Tensor) -> Tensor:
+    """Those (N, G, *places, D) of pixels (N, G, S, D) at `place`; any where not `kept`."""
+    index = torch.where(kept, place, 0).flatten(2)[..., None].expand(-1, -1, -1, pixels.shape[-1])
+    return pixels.gather(2, index).unflatten(2, place.shape[2:])
 
 
 def _clamped(index: Tensor, length: Any) -> Tensor:

@@ -220,8 +220,8 @@ def _levels(g: Aggregation, image: np.ndarray, *others: np.ndarray) -> list[Leve
         return [Level(0, g.height, g.width)]
     shapes, starts, *_ = others
     if starts is None:
-        starts = np.empty(g.levels, np.int64)
-        g.fill_starts(starts, shapes)
+        areas = shapes.prod(axis=1, dtype=np.int64)
+        starts = areas.cumsum() - areas
     levels = [Level(int(first), int(h), int(w)) for first, (h, w) in zip(starts, shapes, strict=True)]
     for first, height, width in levels:
         if min(height, width) < 1 or first < 0 or first + height * width > g.pixels:

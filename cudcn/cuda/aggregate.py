@@ -55,6 +55,7 @@ def kernels() -> list[Kernel]:
             for source in _SOURCES
             for v in _vectors(data.size)
         ),
+        Kernel("aggregate", "aggregate_starts"),
         *sort.kernels(),
     ]
 
@@ -125,20 +126,27 @@ class _Call:
     def __init__(self, plan: Plan, g: Aggregation, tensors: Any) -> None:
         self.plan, self.g = plan, g
         image, *levels, places, weights = (*tensors, tensors[-1]) if g.packed else tensors
-        if isinstance(g, Attention) and levels[1] is None:
-            starts = plan.empty((g.levels,), np.int64)
-            plan.run(g.fill_starts, starts, levels[0])
-            levels[1] = starts
         # the kernels have one type for both, so that where one of two is half, it becomes float32
         fine = np.float32 if places.dtype != weights.dtype else places.dtype
         self.image = plan.contiguous(self.image_of(image))
         self.places = plan.contiguous(places, fine)
         self.weights = self.places if g.packed else plan.contiguous(weights, fine)
-        self.levels: list[View | None] = [*(plan.contiguous(t, np.int64) for t in levels)] or [None, None]
+        self.levels = self._of_levels(*levels)
 
     def image_of(self, image: View) -> View:
         """The image, or its gradient, with a group's channels last."""
         return self.g.image(image) if isinstance(self.g, Attention) else image
+
+    def _of_levels(self, shapes: View | None = None, starts: View | None = None) -> tuple[View | None, View | None]:
+        """Both contiguous and in 64 bits; None for dcnv3 and dcnv4."""
+        if shapes is None:
+            return None, None
+        shapes = self.plan.contiguous(shapes, np.int64)
+        if starts is not None:
+            return shapes, self.plan.contiguous(starts, np.int64)
+        starts = self.plan.empty((self.g.levels,), np.int64)
+        self.plan.launch(Kernel("aggregate", "aggregate_starts"), 1, (1, 1), shapes, starts, np.int32(self.g.levels))
+        return shapes, starts
 
     def target(self, array: View | None, dtype: Any) -> Any:
         """Where a kernel writes `array`'s elements: there, if they are contiguous, aligned and of `dtype`."""

@@ -150,7 +150,7 @@ def _canonical(*, softmax: Any, points: Any, method: Any, layout: Any) -> dict[s
     name = "ms_deform_attn"
     return {
         "softmax": check.flag(name, "softmax", softmax),
-        "points": () if points is None else _points(name, points),
+        "points": None if points is None else _points(name, points),
         "method": check.choice(name, "method", method, ("bilinear", "discrete")),
         "layout": check.choice(name, "layout", layout, ("NSMD", "NMDS")),
     }
@@ -166,11 +166,12 @@ def _points(name: str, value: Any) -> tuple[int, ...]:
     return points
 
 
-def _geometry(specs: tuple[Any, ...], *, softmax: bool, points: tuple[int, ...], method: str, layout: str) -> Attention:
-    """`points` are empty where each level has as many."""
+def _geometry(
+    specs: tuple[Any, ...], *, softmax: bool, points: tuple[int, ...] | None, method: str, layout: str
+) -> Attention:
     name = "ms_deform_attn"
     value, spatial_shapes, level_start_index, sampling_locations, attention_weights = specs
-    samples = "sum(points)" if points else "L, P"
+    samples = "L, P" if points is None else "sum(points)"
     check.rank(name, "value", value, f"({', '.join(layout)})")
     check.rank(name, "spatial_shapes", spatial_shapes, "(L, 2)")
     check.rank(name, "sampling_locations", sampling_locations, f"(N, Q, M, {samples}, 2)")
@@ -182,10 +183,13 @@ def _geometry(specs: tuple[Any, ...], *, softmax: bool, points: tuple[int, ...],
     if level_start_index is not None:
         check.indices(name, "level_start_index", level_start_index)
         check.shape(name, "level_start_index", level_start_index, "(L,)", (levels,))
-    if points and len(points) != levels:
+    if points is not None and len(points) != levels:
         raise ValueError(f"{name}: points must have one number for each of {levels} levels, got {points}")
-    per_level = points or (sampling_locations.shape[4],) * levels
-    sample_axes = (sum(points),) if points else (levels, sampling_locations.shape[4])
+    if points is None:
+        per_level = (sampling_locations.shape[4],) * levels
+        sample_axes: tuple[int, ...] = levels, sampling_locations.shape[4]
+    else:
+        per_level, sample_axes = points, (sum(points),)
     per_query = (batch, queries, heads, *sample_axes)
     if min(heads, channels, levels, *per_level) < 1:
         raise ValueError(
