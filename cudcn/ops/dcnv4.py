@@ -52,7 +52,7 @@ def dcnv4(
     Returns:
         (N, H_out, W_out, C), of input's kind and dtype, with
         H_out = (H + top + bottom - dilation_h * (kh - 1) - 1) // stride_h + 1. Torch tensors and JAX arrays are
-        differentiable with respect to both tensors, once.
+        differentiable with respect to both tensors: torch's as often as wanted, JAX's once.
 
     Raises:
         ValueError: a shape, an attribute or a device breaks one of the rules above.

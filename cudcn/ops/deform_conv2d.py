@@ -63,7 +63,7 @@ def deform_conv2d(
     Returns:
         (N, C_out, H_out, W_out), of input's kind and dtype, with
         H_out = (H + top + bottom - dilation_h * (kh - 1) - 1) // stride_h + 1. Torch tensors and JAX arrays are
-        differentiable with respect to every tensor, once.
+        differentiable with respect to every tensor: torch's as often as wanted, JAX's once.
 
     Raises:
         ValueError: a shape, an attribute or a device breaks one of the rules above.

@@ -59,7 +59,7 @@ def deform_roi_pool(
 
     Returns:
         (R, C, PH, PW), of input's kind and dtype. Torch tensors and JAX arrays are differentiable with respect to
-        input, offset and mask, once.
+        input, offset and mask: torch's as often as wanted, JAX's once.
 
     Raises:
         ValueError: a shape, an attribute or a device breaks one of the rules above; or, on the CPU, a roi's n is not

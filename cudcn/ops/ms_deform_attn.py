@@ -69,7 +69,7 @@ def ms_deform_attn(
 
     Returns:
         (N, Q, M * D), of value's kind and dtype. Torch tensors and JAX arrays are differentiable with respect to
-        the floating tensors, once.
+        the floating tensors: torch's as often as wanted, JAX's once.
 
     Raises:
         ValueError: a shape, an attribute or a device breaks one of the rules above; there are more than 16 levels with

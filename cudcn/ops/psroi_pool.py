@@ -47,7 +47,7 @@ def psroi_pool(
 
     Returns:
         (R, D, PH, PW), of input's kind and dtype. Torch tensors and JAX arrays are differentiable with respect to
-        input, once.
+        input: torch's as often as wanted, JAX's once.
 
     Raises:
         ValueError: a shape, an attribute or a device breaks one of the rules above; or, on the CPU, a roi's n is not
