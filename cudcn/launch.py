@@ -83,7 +83,8 @@ def run(
         import cupy
 
         addresses = [0 if array is None else array.data.ptr for array in arrays]
-        run_at(call, addresses, first.data.device_id, cupy.cuda.get_current_stream().ptr, _cupys_memory)
+        stream = cupy.cuda.get_current_stream().ptr
+        run_at(call, addresses, first.data.device_id, stream, partial(_cupys_memory, stream=stream))
 
 
 def run_at(
@@ -102,11 +103,27 @@ class Memory(NamedTuple):
     owner: Any
 
 
-def _cupys_memory(size: int) -> Memory:
+def _cupys_memory(size: int, stream: int) -> Memory:
     import cupy
 
+    if cupy.cuda.runtime.streamIsCapturing(stream):
+        graphs = _GraphMemory(size, stream)
+        return Memory(graphs.address, graphs)
     memory = cupy.cuda.alloc(size)
     return Memory(memory.ptr, memory)
+
+
+class _GraphMemory:
+    """Memory of the CUDA graph that is being captured: CuPy's pool would give it to others while the graph uses it."""
+
+    def __init__(self, size: int, stream: int) -> None:
+        import cupy
+
+        self._runtime, self._stream = cupy.cuda.runtime, stream
+        self.address = self._runtime.mallocAsync(size, stream)
+
+    def __del__(self) -> None:
+        self._runtime.freeAsync(self.address, self._stream)
 
 
 def _layouts(arrays: Sequence[Any]) -> Any:

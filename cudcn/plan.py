@@ -93,6 +93,11 @@ class View:
         model = self._model()
         return self._like(model, model[key])
 
+    def as_bytes(self) -> View:
+        """With one more axis."""
+        shape, strides = (*self.shape, self.itemsize), (*self.strides, 1)
+        return View(self.buffer, self.offset, Layout(shape, strides, np.dtype(np.uint8), self.layout.residue))
+
     def _model(self) -> np.ndarray:
         """An array of the same shape, from which NumPy works out what a view of it is; it has no elements to read."""
         return np.lib.stride_tricks.as_strided(np.empty(1, self.dtype), self.shape, self.strides)
@@ -177,17 +182,18 @@ class Plan:
     def contiguous(self, view: View, dtype: Any = None) -> View:
         """The view, or a copy if it is not contiguous or of another dtype."""
         dtype = view.dtype if dtype is None else np.dtype(dtype)
-        return view if view.is_contiguous and view.dtype == dtype else self._copied(view, dtype)
+        if view.is_contiguous and view.dtype == dtype:
+            return view
+        copy = self.empty(view.shape, dtype)
+        self.copy(copy, view)
+        return copy
 
     def addressable(self, view: View | None) -> View | None:
         """The view; a copy if its elements do not lie at whole steps of their size, in which kernels count."""
         if view is None or not any(step % view.itemsize for step in (view.layout.residue, *view.strides)):
             return view
-        return self._copied(view, view.dtype)
-
-    def _copied(self, view: View, dtype: Any) -> View:
-        copy = self.empty(view.shape, dtype)
-        self.copy(copy, view)
+        copy = self.empty(view.shape, view.dtype)
+        self.copy(copy.as_bytes(), view.as_bytes())  # CuPy's kernels count in whole elements, too
         return copy
 
     def copy(self, target: View, source: View) -> None:

@@ -151,7 +151,11 @@ template <typename T, int OUTS> struct Touching {
     }
   }
 
-  __device__ __forceinline__ Wide<T> sum(int, int, int, Loaded loaded) const {
+  __device__ __forceinline__ Wide<T> sum(int, int, int element, Loaded loaded) const {
+    if (element + WIDE<T> > p.bundle_outs) {  // past the outs: 0, though a sample's weight be infinite
+#pragma unroll
+      for (int e = 0; e < WIDE<T>; ++e) loaded.sums[e] = element + e < p.bundle_outs ? loaded.sums[e] : A(0);
+    }
     if (again) {
 #pragma unroll
       for (int e = 0; e < WIDE<T>; ++e) loaded.sums[e] *= A(SHRINK);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import warnings
@@ -262,6 +263,18 @@ class TestEmulated:
                 cpu.setenv("CUDCN_DEVICE", "cpu")
                 want = case.forward(tensors)
             np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-4, err_msg=f"{name} {bad}")
+
+    @pytest.mark.parametrize("outs", [3, 4, 8])
+    @pytest.mark.parametrize("dtype", ["float32", "float16"])
+    def test_an_infinite_mask_makes_infinite_gradients(self, dtype: str, outs: int) -> None:
+        """Not NaN, where it meets the zeros behind a row of outs."""
+        ones = functools.partial(np.ones, dtype=dtype)
+        mask, offset = ones((1, 1, 4, 4)), np.full((1, 2, 4, 4), 0.25, dtype)
+        mask[0, 0, 1, 1] = np.inf
+        tensors = {"input": ones((1, 4, 4, 4)), "offset": offset, "weight": ones((outs, 4, 1, 1)), "mask": mask}
+        got = cudcn.deform_conv2d_backward(ones((1, outs, 4, 4)), **tensors).input
+        assert np.isinf(got).sum() == 4 * 4
+        assert not np.isnan(got).any()
 
     @pytest.mark.parametrize(
         ("dtype", "channels", "outs", "rel"),

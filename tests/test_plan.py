@@ -40,6 +40,8 @@ def test_views_are_numpys(data: st.DataObject, shape: tuple[int, ...]) -> None:
     order = data.draw(st.permutations(range(part.ndim)))
     check(view[key].transpose(order), base, part.transpose(order))
     check(view[key].T, base, part.T)
+    if part.ndim > 1:
+        check(view[key].swapaxes(0, -1), base, part.swapaxes(0, -1))
 
 
 def test_an_array_that_goes_backwards() -> None:
@@ -108,6 +110,7 @@ class TestCopies:
         plan = Plan([Layout((3,), (stride,), np.dtype(np.float32), residue)])
         (view,) = plan.tensors
         assert (plan.addressable(view) is not view) == copied == bool(plan.steps)
+        assert all(part.dtype == np.uint8 for step in plan.steps for part in step.views)  # CuPy's kernels count so, too
 
     def test_clear(self) -> None:
         plan = Plan([layout(np.zeros((4, 4)))])

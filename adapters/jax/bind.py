@@ -142,6 +142,8 @@ def _call(name: str, attributes: Attributes, tensors: Sequence[Any], outputs: Se
 
 def _pieces(values: tuple[Any, ...], given: tuple[int, ...]) -> dict[str, str]:
     text = repr((values, given)).replace(" ", "")
+    if len(text) > _PIECE * len(_PIECES):
+        raise ValueError(f"attributes must take at most {_PIECE * len(_PIECES)} characters, got {text}")
     return {name: text[i * _PIECE : (i + 1) * _PIECE] for i, name in enumerate(_PIECES)}
 
 

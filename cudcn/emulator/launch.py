@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import os
 import re
 import threading
 from pathlib import Path
@@ -53,6 +54,15 @@ class _LaunchConfig(ctypes.Structure):
 
 # The runtime runs one launch at a time, and ctypes releases the interpreter lock.
 _launch_lock = threading.Lock()
+
+
+def _unlock() -> None:
+    """In a forked process, whose parent may have been launching."""
+    global _launch_lock
+    _launch_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_unlock)
 
 
 class Compiled:

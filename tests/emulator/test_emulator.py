@@ -2,6 +2,8 @@
 
 import doctest
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -361,3 +363,18 @@ def test_empty_is_full_of_nan(dtype: Any) -> None:
     assert array.dtype == dtype
     assert np.isnan(array.astype(np.float64)).all()
     assert emulator.empty((2, 0), dtype).shape == (2, 0)
+
+
+FORKED = """
+import os
+from cudcn.emulator import launch
+with launch._launch_lock:  # as a thread has it that launches
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if launch._launch_lock.acquire(timeout=10) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_process_launches_though_its_parent_was_launching() -> None:
+    subprocess.run([sys.executable, "-c", FORKED], check=True)

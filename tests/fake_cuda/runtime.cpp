@@ -157,9 +157,11 @@ cudaError_t cudaFreeAsync(void *memory, cudaStream_t stream) {
   NOTE(stream);
   const size_t size = fake::block_of(memory).size;
   if (!size) return cudaErrorInvalidValue;
+  // a graph has its memory again in each launch
+  const bool graphs = fake::is_capturing(fake::find_stream(stream));
   return copy_or_set(stream, [=] {
     memset(memory, 0xFF, size);
-    fake::end_life(memory);
+    if (!graphs) fake::end_life(memory);
   });
 }
 

@@ -146,9 +146,11 @@ def test_capture_into_a_graph(case: Case, which: str) -> None:
         for name, array in tensors.items():
             if array is not None:
                 array.set(other.tensors()[name])
+        own = [cupy.full(1 << size, 7, np.uint8) for size in range(8, 18)]  # the graph's scratch memory is not theirs
         graph.launch()
         stream.synchronize()
     check(which, other, got)
+    assert all((array.get() == 7).all() for array in own)
 
 
 @pytest.mark.usefixtures("fake")
