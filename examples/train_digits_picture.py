@@ -22,14 +22,15 @@ def draw(path: str, images: torch.Tensor, places: torch.Tensor, weights: torch.T
     grid = figure.add_gridspec(1, len(images), left=0.02, right=0.98, top=0.74, bottom=0.03, wspace=0.05)
     for cell, image, place, weight in zip(grid, images, places, weights, strict=True):
         axes = figure.add_subplot(cell)
-        axes.imshow(image, cmap="gray")
+        axes.imshow(image.numpy(), cmap="gray")
         axes.set(xticks=[], yticks=[], xlim=(-0.5, len(image) - 0.5), ylim=(len(image) - 0.5, -0.5))
         step = len(image) // place.shape[-1]
         # the three outputs that stand where the digit is brightest
         bright = torch.nn.functional.max_pool2d(image[None, None], step)[0, 0]
         for number, colour in zip(bright.flatten().argsort(descending=True)[:3].tolist(), COLOURS, strict=True):
             row, column = divmod(number, place.shape[-1])
-            y, x = place[:, :, row, column].unbind(1)
+            y, x = place[:, :, row, column].numpy().T
+            size = 8 + 60 * weight[:, row, column].numpy()
             axes.scatter([column * step], [row * step], marker="+", s=50, color=colour)
-            axes.scatter(x, y, s=8 + 60 * weight[:, row, column], color=colour, edgecolors="black", linewidths=0.5)
+            axes.scatter(x, y, s=size, color=colour, edgecolors="black", linewidths=0.5)
     figure.savefig(path)

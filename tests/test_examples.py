@@ -78,3 +78,21 @@ def test_patch_detr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert "replaced 12 modules: transformers.MultiScaleDeformableAttention" in printed
     assert re.search(r"forward, backward +\d+\.\d\d +\d+\.\d\d   \d+\.\d times as fast", printed)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_train_digits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Both networks train, and the picture is drawn; of so few steps nothing is learnt."""
+    for package in "torch", "sklearn", "matplotlib":
+        pytest.importorskip(package)
+    picture = tmp_path / "digits.png"
+    train_digits = example("train_digits_torch")
+    monkeypatch.setattr(train_digits, "TRAINED", 64)
+    monkeypatch.setattr(train_digits, "TESTED", 16)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(
+        "sys.argv", ["train_digits_torch.py", "--seeds", "1", "--epochs", "1", "--picture", str(picture)]
+    )
+    train_digits.main()
+    assert re.search(r"mean: regular \d+\.\d, deformable \d+\.\d", capsys.readouterr().out)
+    assert picture.stat().st_size > 10_000

@@ -53,7 +53,8 @@ def items(case: Case) -> list[Tensors]:
     some = [tensors(replace(case, name=f"{case.name} {i}"), grad=False) for i in range(SIZE)]
     if some[0].keys() >= LEVELS:
         some[1]["spatial_shapes"] = some[1]["spatial_shapes"].flip(1)
-        some[2]["level_start_index"] = 0 * some[2]["level_start_index"]
+        if some[2]["level_start_index"] is not None:
+            some[2]["level_start_index"] = 0 * some[2]["level_start_index"]
     return some
 
 
