@@ -184,12 +184,17 @@ _emulated = functools.cache(_Emulated)
 def array_of(buffers: Sequence[Any], view: View) -> np.ndarray:
     """A view of NumPy arrays, one for each of a plan's buffers."""
     array = buffers[view.buffer]
-    interface = array.__array_interface__
-    address, read_only = interface["data"]
-    if (array.shape, array.strides, view.offset) == (view.shape, view.strides, 0):
+    if (array.dtype, array.shape, array.strides, 0) == (view.dtype, view.shape, view.strides, view.offset):
         return array
-    interface |= {"data": (address + view.offset, read_only), "shape": view.shape, "strides": view.strides}
-    return np.asarray(SimpleNamespace(__array_interface__=interface)).view(view.dtype)
+    address, read_only = array.__array_interface__["data"]
+    interface = {
+        "version": 3,
+        "data": (address + view.offset, read_only),
+        "typestr": view.dtype.str,
+        "shape": view.shape,
+        "strides": view.strides,
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=interface, base=array)).view(view.dtype)
 
 
 # ---- a CUDA device
