@@ -8,13 +8,13 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from .dtypes import DTYPES
-from .plan import ALIGNMENT
+from .plan import layout_of
 
 _NOTHING = contextlib.nullcontext()
 _CPU = 1  # DLPack's device types
@@ -37,7 +37,7 @@ def signature(tensors: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
             layouts.append((tensor.shape, tensor.dtype))
         elif of_cupy and type(tensor) is of_cupy:
             data = tensor.data
-            layouts.append((tensor.shape, tensor.strides, tensor.dtype, data.ptr % ALIGNMENT))  # a plan.Layout's
+            layouts.append(layout_of(tensor, data.ptr))
             seen.append(data.device_id)
         elif tensor is None:
             layouts.append(None)
@@ -175,6 +175,22 @@ def constant(array: np.ndarray, like: Any) -> Any:
         return array
     with like.device:
         return cupy().asarray(array)
+
+
+def numpy_at(
+    address: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...] | None,
+    dtype: np.dtype,
+    owner: Any,
+    read_only: bool = False,
+) -> np.ndarray:
+    """A NumPy array of what lies there, which keeps the memory's owner alive; strides None if it is dense."""
+    # of bfloat16 the typestr says no more than its size
+    interface = {
+        "version": 3, "data": (address, read_only), "typestr": dtype.str, "shape": shape, "strides": strides,
+    }  # fmt: skip
+    return np.asarray(SimpleNamespace(__array_interface__=interface, owner=owner)).view(dtype)
 
 
 def constants(op: str, names: Iterable[str], tensors: Iterable[Any]) -> list[Any]:

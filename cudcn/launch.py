@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import dtypes, sources
-from .plan import ALIGNMENT, Kernel, Launch, Layout, Plan, Run, Step, View, Zero
+from . import dispatch, dtypes, sources
+from .plan import ALIGNMENT, Kernel, Launch, Layout, Plan, Run, Step, View, Zero, layout_of
 
 WORKSPACE = 64 << 20  # bytes of scratch memory for one call, unless a single image needs more
 LARGEST_GRID = 2**31 - 1
@@ -127,7 +127,7 @@ class _GraphMemory:
 
 
 def _layouts(arrays: Sequence[Any]) -> Any:
-    return tuple([None if a is None else (a.shape, a.strides, a.dtype, _address(a) % ALIGNMENT) for a in arrays])
+    return tuple([None if array is None else layout_of(array, _address(array)) for array in arrays])
 
 
 def _address(array: Any) -> int:
@@ -187,14 +187,7 @@ def array_of(buffers: Sequence[Any], view: View) -> np.ndarray:
     if (array.dtype, array.shape, array.strides, 0) == (view.dtype, view.shape, view.strides, view.offset):
         return array
     address, read_only = array.__array_interface__["data"]
-    interface = {
-        "version": 3,
-        "data": (address + view.offset, read_only),
-        "typestr": view.dtype.str,
-        "shape": view.shape,
-        "strides": view.strides,
-    }
-    return np.asarray(SimpleNamespace(__array_interface__=interface, base=array)).view(view.dtype)
+    return dispatch.numpy_at(address + view.offset, view.shape, view.strides, view.dtype, array, read_only)
 
 
 # ---- a CUDA device

@@ -114,7 +114,8 @@ deform_conv2d_pack_weight(const T *__restrict__ weight, Strides strides, T *__re
   T *to = packed + (long long)int(blockIdx.x) * p.taps * p.depth;
   for (int i = int(threadIdx.x); i < p.taps * p.depth; i += THREADS) {
     const int tap = i / p.depth, k = i % p.depth;
-    const long long at = k * (p.turned ? strides.n : strides.c) + tap / p.kernel_w * strides.y + tap % p.kernel_w * strides.x;
+    const long long window = tap / p.kernel_w * strides.y + tap % p.kernel_w * strides.x;
+    const long long at = k * (p.turned ? strides.n : strides.c) + window;
     to[i] = k < p.part ? from[at] : T(0.0f);
   }
 }

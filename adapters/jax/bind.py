@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import ctypes
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -192,10 +191,10 @@ def _device(device: Any, stream: int) -> Any:
 def _view(buffer: Any) -> Any:
     """A NumPy or CuPy array over an XLA buffer, which is dense; by address, as NumPy's DLPack has no bfloat16."""
     shape, dtype = tuple(buffer.shape), np.dtype(str(buffer.dtype))
-    size = math.prod(shape) * dtype.itemsize
     if buffer.device.type == "cpu":
-        return np.ndarray(shape, dtype, (ctypes.c_char * size).from_address(buffer.data_ptr()))
+        return dispatch.numpy_at(buffer.data_ptr(), shape, None, dtype, owner=buffer)
     cupy = dispatch.cupy()
 
+    size = math.prod(shape) * dtype.itemsize
     memory = cupy.cuda.UnownedMemory(buffer.data_ptr(), size, None, buffer.device.index)
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))

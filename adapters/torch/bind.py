@@ -10,7 +10,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -222,9 +221,7 @@ def _layout(tensor: torch.Tensor | None, address: int) -> tuple[Any, ...] | None
     """The fields of plan.Layout."""
     if tensor is None:
         return None
-    size = tensor.element_size()
-    strides = tuple([size * stride for stride in tensor.stride()])
-    return tuple(tensor.shape), strides, _numpy_dtype(tensor.dtype), address % ALIGNMENT
+    return tuple(tensor.shape), _strides(tensor), _numpy_dtype(tensor.dtype), address % ALIGNMENT
 
 
 def _memory(device: torch.device, size: int) -> launch.Memory:
@@ -242,12 +239,15 @@ def _numpy_view(tensor: torch.Tensor | None) -> Any:
     """By address: after `tensor.numpy()` torch refuses to resize the memory, which FSDP does to a layer's weights."""
     if tensor is None:
         return None
-    dtype, size = _numpy_dtype(tensor.dtype), tensor.element_size()
-    interface = {
-        "version": 3, "data": (tensor.data_ptr(), False), "typestr": dtype.str, "shape": tuple(tensor.shape),
-        "strides": tuple(size * stride for stride in tensor.stride()),
-    }  # fmt: skip
-    return np.asarray(SimpleNamespace(__array_interface__=interface, tensor=tensor)).view(dtype)
+    return dispatch.numpy_at(
+        tensor.data_ptr(), tuple(tensor.shape), _strides(tensor), _numpy_dtype(tensor.dtype), owner=tensor
+    )
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """In bytes."""
+    size = tensor.element_size()
+    return tuple([size * stride for stride in tensor.stride()])
 
 
 @functools.cache

@@ -165,12 +165,11 @@ class _Call:
 
     def clear_unused(self, packed: View) -> None:
         """What dcnv4's tensor has behind the last group gets gradients of 0."""
-        row, used = packed.shape[-1], 3 * self.g.samples * self.g.groups
-        count = packed.size // row * (row - used)
-        if count:
+        unused, row = self.g.unused(None, packed), packed.shape[-1]
+        if unused.size:
+            numbers = np.int64(unused.size), np.int32(row), np.int32(row - unused.shape[-1])
             kernel = _kernel("clear_unused", ctype(packed))
-            numbers = np.int64(count), np.int32(row), np.int32(used)
-            self.plan.launch(kernel, ceil_div(count, _THREADS), (_THREADS, 1), packed, *numbers)
+            self.plan.launch(kernel, ceil_div(unused.size, _THREADS), (_THREADS, 1), packed, *numbers)
 
     def launch_backward_input(self, grad_output: Any, grad_image: Any) -> None:
         """Sorts the samples of some pairs of an image and a group at a time, from which each pixel gathers."""
